@@ -1,0 +1,21 @@
+"""All figures of the first budget table, in one run: ``python -m benchmarks`` (or ``make bench``)."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks import import_time, step_cost, training_speed
+
+
+def main() -> None:
+    """Measure and print one JSON object; nothing here fails: figures are for reading."""
+    figures = {
+        "import": import_time.measure(),
+        "step": step_cost.measure(),
+        "training": training_speed.measure(),
+    }
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""``sfumato sample``: pictures from a model, one sheet with a card that replays it, or a whole data set in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sfumato.cli._app import FAILED, Answer, command, progress
+
+if TYPE_CHECKING:
+    from sfumato.pipeline import Pipeline
+
+DEFAULT_MODEL = "emoji-latent"
+MOST = 1024  # pictures on one sheet
+RUN = ("model", "weights", "prompts", "n", "steps", "solver", "grid", "guidance", "seed", "cond", "columns", "scale")
+
+
+@command("sample")
+def sample(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Words or class names; none: any picture.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, help="Pictures for each prompt.")] = 4,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A bundled name, or a folder that a training wrote.")
+    ] = DEFAULT_MODEL,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the solver. Default: the model's.")] = None,
+    solver: Annotated[str | None, typer.Option(help="E.g. 'dpm-solver++' or 'dpm-solver++(order=3)'.")] = None,
+    grid: Annotated[str | None, typer.Option(help="Where the steps lie, e.g. 'logsnr', 'karras(rho=5)'.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free scale; 1 is none.")] = None,
+    seed: Annotated[int, typer.Option(help="Picture i depends on (seed, i) and on nothing else.")] = 0,
+    cond: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A condition of the model; may be repeated.")
+    ] = None,
+    vendor: Annotated[str | None, typer.Option(help="Short for --cond vendor=...: noto, twemoji or fluent.")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Pictures in a row of the sheet.")] = None,
+    scale: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Enlarge each pixel. Default: to 128 pixels or more.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="NAME.png, or a folder (ends in /) for shards. Default: out.png.")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Make a sheet again from the card inside it, and compare.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="For shards: processes that share the work.")] = 1,
+) -> Answer:
+    """Make pictures, e.g. `sfumato sample "red heart" -n 4 --steps 12 --out hearts.png`."""
+    from sfumato.cli._pictures import png
+    from sfumato.core.errors import InputError
+
+    if replay is not None:
+        return _replayed(replay, None if out is None else png(out))
+    options = {"solver": solver, "grid": grid, "steps": steps, "guidance": guidance}
+    conditions = _conditions([*(cond or ()), *([f"vendor={vendor}"] if vendor else ())])
+    target = out or "out.png"
+    if target.endswith("/") or Path(target).is_dir():
+        return _shards(prompts, n, model, options, seed, conditions, Path(target), processes)
+    path, count = png(target), n * max(1, len(prompts or ()))
+    if count > MOST:
+        raise InputError(f"{count} pictures on one sheet: at most {MOST}; --out FOLDER/ writes shards of any number")
+    card = described(model, prompts, n, options, seed, conditions) | {"columns": columns, "scale": scale}
+    picture, seconds = drawn(card)
+    return _written(picture, path, card, seconds)
+
+
+def described(
+    model: str, prompts: Sequence[str] | None, n: int, options: Mapping[str, Any], seed: int, cond: Mapping[str, str]
+) -> dict[str, Any]:
+    """The card of a run: everything that its pixels depend on, with the model's own settings where none was given."""
+    import sfumato
+
+    pipeline = sfumato.load(model)
+    settings = {name: getattr(pipeline, name) if value is None else value for name, value in options.items()}
+    made = {"sfumato": sfumato.__version__, "model": model, "weights": fingerprint(model)}
+    return {**made, "prompts": list(prompts or ()), "n": n, **settings, "seed": seed, "cond": dict(cond)}
+
+
+def fingerprint(model: str) -> str:
+    """SHA-256 of a model's weights, shortened: a card names the very weights that it was made with."""
+    import hashlib
+
+    from sfumato.pipeline import find
+
+    with (find(model) / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def drawn(card: Mapping[str, Any]) -> tuple[Any, float]:
+    """The sheet that a card describes, and the seconds of sampling."""
+    import time
+
+    import sfumato
+    from sfumato.cli._pictures import sheet
+
+    pipeline = sfumato.load(card["model"])
+    began = time.perf_counter()
+    images = generated(pipeline, card)
+    seconds = time.perf_counter() - began
+    return sheet(images, card["columns"], card["scale"]), seconds
+
+
+def generated(pipeline: Pipeline, card: Mapping[str, Any]) -> Any:
+    """uint8 (N, C, H, W): the pictures of a card, the ``n`` of each prompt together."""
+    prompts = [prompt for prompt in card["prompts"] for _ in range(card["n"])]
+    settings = {name: card[name] for name in ("steps", "solver", "grid", "guidance", "seed", "cond")}
+    with progress("sampling") as told:
+        return pipeline.generate(prompts or card["n"], **settings, progress=told)
+
+
+def _written(picture: Any, out: Path, card: Mapping[str, Any], seconds: float) -> Answer:
+    from sfumato.cli._pictures import save
+
+    save(picture, out, card)
+    record = {**card, "out": str(out), "seconds": round(seconds, 2)}
+    shown = f"{out}: {card['model']}, {card['solver']} on {card['grid']}, {card['steps']} steps, guidance {card['guidance']}, seed {card['seed']}"
+    return Answer(record, f"{shown} ({seconds:.1f} s)")
+
+
+def _replayed(path: Path, out: Path | None) -> Answer:
+    """Make the picture again; status 1 where its pixels differ (another machine, another version)."""
+    from sfumato.cli._pictures import read, save
+    from sfumato.core.errors import InputError
+
+    kept, card = read(path)
+    missing = [name for name in RUN if name not in card]
+    if missing:
+        raise InputError(f"the card of {path} lacks {', '.join(missing)}: it was made by another command or version")
+    now = fingerprint(card["model"])
+    if now != card["weights"]:
+        raise InputError(f"{path} was made with weights {card['weights']} of {card['model']}, here they are {now}")
+    picture, seconds = drawn(card)
+    same = picture.tobytes() == kept.tobytes()
+    if out is not None:
+        save(picture, out, card)
+    record = {**card, "replayed": str(path), "out": None if out is None else str(out), "same": same}
+    verdict = "the same pixels" if same else "other pixels (another machine, number of threads or version)"
+    return Answer(record | {"seconds": round(seconds, 2)}, f"{path}: {verdict}", 0 if same else FAILED)
+
+
+def _conditions(given: Iterable[str]) -> dict[str, str]:
+    from sfumato.core.errors import InputError
+
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"a condition is written NAME=VALUE, e.g. vendor=noto; not {text!r}")
+        found[name] = value
+    return found
+
+
+def _shards(
+    prompts: Sequence[str] | None,
+    n: int,
+    model: str,
+    options: Mapping[str, Any],
+    seed: int,
+    cond: Mapping[str, str],
+    out: Path,
+    processes: int,
+) -> Answer:
+    from sfumato.cli._launch import launched
+    from sfumato.cli.shards import make
+
+    count = n * max(1, len(prompts or ()))
+    card = described(model, prompts, n, options, seed, cond)
+    launched(make, processes, str(out), card, count)
+    record = {**card, "out": str(out), "count": count}
+    return Answer(record, f"{out}: {count} pictures of {model} in shards (sfumato.training.data.Shards reads them)")

@@ -1,0 +1,126 @@
+"""Raw conditions (prompts, labels, vendors) to what a network reads, once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.core import InputError, Registry
+from sfumato.networks.text import EmbeddingTable, SentenceEncoder, check_prompts
+
+registry = Registry("conditioner")
+BUNDLED = Path(__file__).parent / "zoo" / "data"
+
+
+class Conditioner:
+    """``conditioner(n, prompts, **raw) -> {name: tensor (n, *)}``; ``config`` rebuilds it from JSON."""
+
+    name: str
+    config: Mapping[str, Any]
+
+    def __call__(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
+        raise NotImplementedError(f"{type(self).__name__} must say what its conditions are")
+
+
+def choices(name: str, given: Any, n: int, options: Sequence[str]) -> Tensor:
+    """One of the named options, or one an item, or None for the null class: int64 (n,)."""
+    values = list(given) if isinstance(given, (list, tuple, Tensor)) else [given] * n
+    if len(values) != n:
+        raise InputError(f"{len(values)} values of {name} for {n} images: give one, or one an image")
+    rows = []
+    for value in values:
+        if value is None:
+            rows.append(len(options))
+        elif str(value) in options:
+            rows.append(list(options).index(str(value)))
+        else:
+            raise InputError(f"{name} = {value!r}: one of {', '.join(options)}, or none")
+    return torch.tensor(rows)
+
+
+@registry.register("none")
+class Unconditional(Conditioner):
+    """For models that read nothing."""
+
+    name, config = "none", {}
+
+    def __call__(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
+        if prompts is not None or raw:
+            raise InputError(f"this model reads no prompt and no {sorted(raw) or 'condition'}")
+        return {}
+
+
+@registry.register("classes")
+class Classes(Conditioner):
+    """Named classes: prompts are class names, an item without one is the null class."""
+
+    name = "classes"
+
+    def __init__(self, classes: Mapping[str, Sequence[str]]) -> None:
+        self.config = {"classes": {k: list(v) for k, v in classes.items()}}
+        self.classes = self.config["classes"]
+
+    def __call__(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
+        first = next(iter(self.classes))
+        if prompts is not None:
+            raw = {first: list(prompts), **raw}
+        _known(raw, self.classes)
+        return {name: choices(name, raw.get(name), n, options) for name, options in self.classes.items()}
+
+
+@registry.register("text")
+class Text(Conditioner):
+    """Sentence features of all-MiniLM-L6-v2 as ``text``, ``text_mask`` and ``vector``, beside named classes.
+
+    tokens   word pieces a prompt
+    classes  name -> options, as in :class:`Classes`
+    table    a bundled table of known captions, so that those work without the text extra
+
+    The pooled vector is scaled to entries of variance about 1. A missing prompt is the null condition.
+    """
+
+    name = "text"
+
+    def __init__(
+        self, tokens: int = 16, classes: Mapping[str, Sequence[str]] | None = None, table: str | None = None
+    ) -> None:
+        self.config = {"tokens": tokens, "classes": {k: list(v) for k, v in (classes or {}).items()}, "table": table}
+        self.tokens, self.classes, self.table = tokens, self.config["classes"], table
+        self._encoder: Any = None
+
+    @property
+    def encoder(self) -> Any:
+        """The table of captions in front of the sentence encoder, each loaded when it is first needed."""
+        if self._encoder is None:
+            encoder = SentenceEncoder()
+            self._encoder = EmbeddingTable.load(BUNDLED / self.table, encoder) if self.table else encoder
+        return self._encoder
+
+    def __call__(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
+        _known(raw, self.classes)
+        cond: dict[str, Any] = {k: choices(k, raw.get(k), n, options) for k, options in self.classes.items()}
+        return self._text(n, prompts) | cond
+
+    def _text(self, n: int, prompts: Sequence[str] | None) -> dict[str, Tensor]:
+        given = [""] * n if prompts is None else check_prompts(prompts)
+        if len(given) != n:
+            raise InputError(f"{len(given)} prompts for {n} images: give one an image")
+        spoken = [p for p in given if p.strip()]
+        channels = 384
+        text, mask = torch.zeros(n, self.tokens, channels), torch.zeros(n, self.tokens, dtype=torch.bool)
+        vector = torch.zeros(n, channels)
+        if spoken:
+            features = self.encoder.encode(spoken, self.tokens)
+            rows = torch.tensor([bool(p.strip()) for p in given])
+            text[rows], mask[rows], vector[rows] = features.tokens, features.mask, features.pooled * channels**0.5
+        return {"text": text, "text_mask": mask, "vector": vector}
+
+
+def _known(raw: Mapping[str, Any], classes: Mapping[str, Any]) -> None:
+    unknown = set(raw) - set(classes)
+    if unknown:
+        raise InputError(f"this model reads no {sorted(unknown)}; it reads {sorted(classes) or 'only prompts'}")

@@ -1,0 +1,26 @@
+"""The errors of the library: each says what was given, what is allowed and what to try."""
+
+from __future__ import annotations
+
+
+class SfumatoError(Exception):
+    """Base of every error that sfumato itself raises."""
+
+
+class InputError(SfumatoError, ValueError):
+    """An argument, file or combination that cannot be used; the message says what would be."""
+
+
+class UnknownName(SfumatoError, KeyError):
+    """A name that is not registered; the message lists those that are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class MissingExtra(SfumatoError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'sfumato[{extra}]'")
+        self.package, self.extra = package, extra

@@ -1,0 +1,110 @@
+"""Any network, what it predicts and which time label it knows: a Denoiser."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.core import KINDS, Coef, Context, Denoiser, InputError, Posterior, linear, tapped
+
+ANCHOR = "anchor"
+
+
+class Parametrized(Denoiser):
+    """See :func:`parametrized`."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        process: Any,
+        predicts: str = "eps",
+        clock: Callable[[Any], Any] | None = None,
+        null: Mapping[str, Any] | None = None,
+        data_std: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if predicts not in (*KINDS, "edm"):
+            raise InputError(f"predicts = {predicts!r}: use one of {', '.join((*KINDS, 'edm'))}")
+        self.net, self.process, self.predicts, self.clock = net, process, predicts, clock
+        self.null, self.data_std = dict(null or {}), data_std
+        self.reads = _conditions(net)
+
+    def forward(self, x: Tensor, t: Any, ctx: Context) -> Posterior:
+        coef = self.process.coef(t)
+        net_in: Tensor = x
+        kind: str | tuple[Any, Any] = self.predicts
+        anchor = self.process.anchor(t, ctx.cond)
+        if self.predicts == "edm":
+            net_in, kind = linear(_edm_input(coef, self.data_std), x), edm_row(coef, self.data_std)
+        with tapped(self.net, ctx):
+            out = self.net(linear(1.0, net_in, 1.0, anchor), self._label(t, x), **self._conditions(ctx))
+        if self.predicts == "flow" and anchor is not None:
+            out = linear(1.0, out, -1.0, self.process.anchor(t, ctx.cond, derivative=True))
+        ctx.run.nfe += len(x) / ctx.batch
+        return Posterior(out, kind, x, coef)
+
+    def _label(self, t: Any, x: Tensor) -> Tensor:
+        label = t if self.clock is None else self.clock(t)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # 999 is no bfloat16 number
+        if isinstance(label, Tensor):
+            return label.to(x.device, dtype if label.is_floating_point() else None)
+        return torch.full((len(x),), label, dtype=dtype, device=x.device)
+
+    def _conditions(self, ctx: Context) -> dict[str, Any]:
+        if self.reads is None:
+            return {k: v for k, v in ctx.cond.items() if k != ANCHOR}
+        unread = set(ctx.cond) - self.reads - {ANCHOR}
+        if unread:
+            raise InputError(
+                f"the network reads no condition {sorted(unread)}; it reads {sorted(self.reads) or 'none'}"
+            )
+        return {k: v for k, v in ctx.cond.items() if k in self.reads}
+
+
+def _conditions(net: nn.Module) -> set[str] | None:
+    """Names of the conditions a network reads: its ``accepts``, or its keyword arguments; None where it takes any."""
+    if hasattr(net, "accepts"):
+        return set(net.accepts)  # type: ignore[arg-type]
+    parameters = list(inspect.signature(net.forward).parameters.values())
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return None if open_ended else {p.name for p in parameters[2:]}
+
+
+def edm_row(c: Coef, data_std: float) -> tuple[Any, Any]:
+    """The preconditioned network F of Karras et al. 2022 as a row: F = (sigma x0 / s - alpha s eps) / norm.
+
+    With alpha = 1: D = c_skip x + c_out F, c_skip = s^2 / (sigma^2 + s^2), c_out = sigma s / sqrt(sigma^2 + s^2).
+    """
+    norm = (c.sigma**2 + (c.alpha * data_std) ** 2) ** 0.5
+    return c.sigma / (data_std * norm), -c.alpha * data_std / norm
+
+
+def _edm_input(c: Coef, data_std: float) -> Any:
+    return 1.0 / (c.sigma**2 + (c.alpha * data_std) ** 2) ** 0.5
+
+
+def parametrized(
+    net: nn.Module,
+    process: Any,
+    predicts: str = "eps",
+    clock: Callable[[Any], Any] | None = None,
+    null: Mapping[str, Any] | None = None,
+    data_std: float = 0.5,
+) -> Parametrized:
+    """Wrap ``net(x, label, **cond) -> Tensor`` as a Denoiser.
+
+    predicts  'eps' | 'x0' | 'v' | 'flow' | 'score' | 'edm' (the preconditioned network of Karras et al. 2022: its input
+              is scaled to unit variance and its output is read as its row; ``data_std`` is the data's std)
+    clock     t -> the time label the network was trained with (default: t itself), a number or a tensor (B,); the
+              network gets (B,) in the dtype of x, but float32 at least
+    null      what "no condition" is, by condition name
+
+    For an anchored process the network sees the raw state x_t (the anchor is added to its input here), and a 'flow'
+    prediction has the anchor's drift taken off. torch.compile goes on ``net``, not on the result. Raises InputError for
+    a condition that the network does not read.
+    """
+    return Parametrized(net, process, predicts, clock, null, data_std)

@@ -1,0 +1,5 @@
+"""The exact oracles under their public name: ``sf.oracles.GaussianMixture(...).denoiser(process)``."""
+
+from sfumato.denoisers.oracles import Distribution, Empirical, Gaussian, GaussianMixture, LinearSubspace, Oracle
+
+__all__ = ["Distribution", "Empirical", "Gaussian", "GaussianMixture", "LinearSubspace", "Oracle"]

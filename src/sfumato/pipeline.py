@@ -1,0 +1,229 @@
+"""A named bundle of parts with a card: what ``sf.load`` gives and ``save`` keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato import codecs, conditioners, grids, networks, processes, solvers
+from sfumato.core import Context, Grid, Guidance, InputError, Solver, Step, Streams, trajectory
+from sfumato.denoisers import Parametrized, parametrized
+from sfumato.guidance import cfg
+
+FORMAT = 1
+ZOO = Path(__file__).parent / "zoo" / "models"
+
+
+@dataclass
+class Pipeline:
+    """Denoiser, codec, conditioner and a default sampler; no logic of its own beyond handing them to each other.
+
+    solver, grid  specs such as "dpm-solver++(order=3)", or objects (a pipeline with objects cannot be saved)
+    guidance      a classifier-free scale, or any Denoiser -> Denoiser
+    size          (height, width) of the images it makes
+    card          origin, licence, training, scores: JSON-able
+    """
+
+    denoiser: Parametrized
+    codec: codecs.Codec
+    conditioner: conditioners.Conditioner = field(default_factory=conditioners.Unconditional)
+    size: tuple[int, int] = (32, 32)
+    solver: str | Solver = "dpm-solver++"
+    grid: str | Grid = "arctan"
+    steps: int = 20
+    guidance: float | Guidance = 1.0
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def process(self) -> Any:
+        """The noising law."""
+        return self.denoiser.process
+
+    def guided(self, guidance: float | Guidance | None = None) -> Any:
+        """The denoiser under this guidance (default: the pipeline's own)."""
+        chosen = self.guidance if guidance is None else guidance
+        if isinstance(chosen, (int, float)):
+            return cfg(float(chosen))(self.denoiser) if chosen != 1 else self.denoiser
+        return chosen(self.denoiser)
+
+    def conditions(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
+        """What the network reads, for n images."""
+        return self.conditioner(n, prompts, **raw)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: int | str | Sequence[str],
+        *,
+        steps: int | None = None,
+        solver: str | Solver | None = None,
+        grid: str | Grid | None = None,
+        guidance: float | Guidance | None = None,
+        seed: int | Sequence[int] = 0,
+        cond: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
+        batch: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """uint8 images (B, 3, H, W) for prompts (one, or one an image), or n images without prompts.
+
+        ``cond`` holds raw conditions by name ({"vendor": "noto"}). Image i depends on (seed, i) only: not on ``batch``.
+        ``progress(done, total)`` is told of each step.
+        """
+        texts = None if isinstance(prompts, int) else [prompts] if isinstance(prompts, str) else list(prompts)
+        n = prompts if isinstance(prompts, int) else len(texts or ())
+        if n < 1:
+            raise InputError(f"{n} images: at least one")
+        total, size = steps or self.steps, size or self.size
+        conditions = self.conditions(n, texts, **(cond or {}))
+        denoiser, chosen = self.guided(guidance), solver or self.solver
+        sampler = solvers.registry.make(chosen) if isinstance(chosen, str) else chosen
+        times = self.grid if grid is None else grid
+        times = grids.registry.make(times) if isinstance(times, str) else times
+        streams, shape, out = Streams.of(seed, n), self.codec.shape(*size), []
+        for low in range(0, n, batch):
+            rows = slice(low, min(low + batch, n))
+            part = {k: v[rows] for k, v in conditions.items()}
+            ctx = Context(cond=part, rng=streams.select(rows), batch=rows.stop - low)
+            for st in trajectory(denoiser, sampler, times, total, shape=(rows.stop - low, *shape), ctx=ctx):
+                if progress is not None:
+                    progress(low // batch * total + st.index, -(-n // batch) * total)
+            x: Any = sampler.read(st)
+            out.append(self.codec.images(x))
+        return torch.cat(out)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Tensor,
+        prompts: Sequence[str] | None = None,
+        *,
+        steps: int = 50,
+        solver: str | Solver = "ddim",
+        cond: Mapping[str, Any] | None = None,
+    ) -> Step:
+        """The start (t = 1) whose sampling gives these images (B, 3, H, W) back, to the solver's accuracy."""
+        sampler = solvers.registry.make(solver) if isinstance(solver, str) else solver
+        times = grids.registry.make(self.grid) if isinstance(self.grid, str) else self.grid
+        conditions = self.conditions(len(images), prompts, **(cond or {}))
+        x = self.codec.encode(images)
+        for st in trajectory(self.denoiser, sampler, times, steps, x=x, start=0.0, stop=1.0, cond=conditions):
+            last = st
+        return last.restart()
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``pipeline.json`` and ``model.safetensors`` (half precision) into the folder ``path``."""
+        from safetensors.torch import save as serialise
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"network.{k}": v for k, v in self.denoiser.net.state_dict().items()}
+        tensors |= {f"codec.{k}": v for k, v in self.codec.state_dict().items()}
+        half = {k: (v.half() if v.is_floating_point() else v).contiguous().clone() for k, v in tensors.items()}
+        write_atomically(folder / "model.safetensors", serialise(half))
+        write_atomically(
+            folder / "pipeline.json", json.dumps(self.description(), indent=1, ensure_ascii=False).encode()
+        )
+        return folder
+
+    def description(self) -> dict[str, Any]:
+        """All but the weights, JSON-able."""
+        for name in ("solver", "grid", "guidance"):
+            if not isinstance(getattr(self, name), (str, int, float)):
+                raise InputError(
+                    f"to save a pipeline give its {name} as a spec, not as a {type(getattr(self, name)).__name__}"
+                )
+        net = self.denoiser.net
+        return {
+            "format": FORMAT,
+            "network": {"name": net.network_name, "config": net.config},
+            "predicts": self.denoiser.predicts,
+            "data_std": self.denoiser.data_std,
+            "null": dict(self.denoiser.null),
+            "process": {"name": type(self.process).__name__, "numbers": dataclasses.asdict(self.process)},
+            "codec": {"name": self.codec.codec_name, "config": self.codec.config},
+            "conditioner": {"name": self.conditioner.name, "config": dict(self.conditioner.config)},
+            "size": list(self.size),
+            "solver": self.solver,
+            "grid": self.grid,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "card": self.card,
+        }
+
+
+def load(name_or_path: str | Path) -> Pipeline:
+    """A bundled model by name (``sfumato zoo`` lists them), or a folder that ``Pipeline.save`` or a training wrote."""
+    folder = find(name_or_path)
+    try:
+        d = json.loads((folder / "pipeline.json").read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / 'pipeline.json'} is not JSON ({error}): the file is damaged") from error
+    if d.get("format") != FORMAT:
+        raise InputError(f"{folder} has format {d.get('format')!r}; this version reads format {FORMAT}")
+    net = networks.build(d["network"]["name"], d["network"]["config"])
+    codec = codecs.build(d["codec"]["name"], d["codec"]["config"])
+    _fill({"network": net, "codec": codec}, folder / "model.safetensors")
+    numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in d["process"]["numbers"].items()}
+    process = getattr(processes, d["process"]["name"])(**numbers)
+    denoiser = parametrized(net.eval(), process, d["predicts"], null=d["null"], data_std=d["data_std"])
+    conditioner = conditioners.registry.get(d["conditioner"]["name"], **d["conditioner"]["config"])
+    fields = {k: d[k] for k in ("solver", "grid", "steps", "guidance", "card")}
+    return Pipeline(denoiser, codec.eval(), conditioner, tuple(d["size"]), **fields)
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The folder of a saved pipeline: a bundled name, the folder itself, or a training's output."""
+    for folder in (Path(name_or_path), Path(name_or_path) / "pipeline", ZOO / str(name_or_path)):
+        if (folder / "pipeline.json").exists():
+            return folder
+    raise FileNotFoundError(
+        f"no model {str(name_or_path)!r}: give a saved folder or one of {', '.join(bundled()) or 'none'}"
+    )
+
+
+def bundled() -> list[str]:
+    """Names of the models that came with the installation."""
+    return sorted(p.parent.name for p in ZOO.glob("*/pipeline.json"))
+
+
+def _fill(modules: Mapping[str, torch.nn.Module], path: Path) -> None:
+    """Load the weights of each module, as float32; a missing, foreign or truncated tensor is one clear error."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): the file is missing or damaged") from error
+    for name, module in modules.items():
+        state = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(f"{path} does not fit the {name} that pipeline.json describes: {error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside, sync, rename: a killed process leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+__all__ = ["Pipeline", "bundled", "find", "load", "write_atomically"]

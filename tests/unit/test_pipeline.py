@@ -1,0 +1,141 @@
+"""Pipelines: what is saved is what is loaded, images depend on their seed only, bad folders say what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import sfumato as sf
+from sfumato import codecs, conditioners, networks, pipeline, processes
+from sfumato.core import InputError
+from sfumato.denoisers import parametrized
+
+VENDORS = ["noto", "twemoji"]
+
+
+def tiny(process=None, predicts: str = "v", codec=None) -> pipeline.Pipeline:
+    torch.manual_seed(0)
+    channels = 3 if codec is None else codec.autoencoder.latent
+    net = networks.UNet(channels, width=8, multipliers=(1, 2), blocks=1, attention=False, embeddings={"vendor": 2})
+    for parameter in net.parameters():  # the networks begin at zero output; half precision must lose nothing here
+        parameter.data = (parameter.data + 0.05 * torch.randn_like(parameter)).half().float()
+    return pipeline.Pipeline(
+        parametrized(net.eval(), process or processes.Cosine(), predicts, null={"vendor": 2}),
+        codec or codecs.Identity(),
+        conditioners.Classes({"vendor": VENDORS}),
+        (8, 8) if codec is None else (16, 16),
+        steps=3,
+        guidance=2.0,
+        card={"made by": "a test"},
+    )
+
+
+@pytest.mark.parametrize(
+    "process", [processes.VP(), processes.EDM(), processes.Flow(shift=2.0), processes.DDPM("cosine", 50)], ids=str
+)
+def test_a_saved_pipeline_loads_as_the_same_function(tmp_path, process):
+    ours = tiny(process)
+    theirs = sf.load(ours.save(tmp_path / "model"))
+    assert json.dumps(theirs.description()) == json.dumps(ours.description())
+    for t in (0.0, 0.3, 1.0):
+        assert theirs.process.coef(t) == ours.process.coef(t)
+    a, b = (p.generate(["noto", "twemoji"], seed=5) for p in (ours, theirs))
+    assert torch.equal(a, b)
+
+
+def test_a_latent_pipeline_keeps_its_codec_and_scale(tmp_path):
+    torch.manual_seed(1)
+    codec = codecs.KL(networks.AutoencoderKL(latent=2, factor=4, width=8)).fit_scale(torch.randn(8, 3, 16, 16))
+    for tensor in (*codec.parameters(), *codec.buffers()):
+        tensor.data = tensor.data.half().float()
+    ours = tiny(codec=codec.eval())
+    theirs = sf.load(ours.save(tmp_path))
+    assert torch.equal(ours.generate(2), theirs.generate(2))
+    assert ours.generate(1).shape == (1, 3, 16, 16)
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch():
+    p = tiny()
+    many = p.generate(["noto"] * 5, seed=3, solver="ddpm")
+    assert torch.equal(many, p.generate(["noto"] * 5, seed=3, solver="ddpm", batch=2))
+    assert torch.equal(many[:2], p.generate(["noto"] * 2, seed=3, solver="ddpm"))
+    assert not torch.equal(many[0], many[1])
+    chosen = p.generate(["noto"] * 2, seed=[11, 12], solver="ddpm")
+    assert torch.equal(chosen[1:], p.generate(["noto"], seed=[12], solver="ddpm"))
+
+
+def test_conditions_and_guidance_reach_the_network():
+    p = tiny()
+    assert not torch.equal(p.generate(["noto"]), p.generate(["twemoji"]))
+    assert not torch.equal(p.generate(["noto"]), p.generate(["noto"], guidance=1.0))
+    assert torch.equal(p.generate(1, guidance=1.0), p.generate(1, guidance=1.0, cond={"vendor": None}))
+
+
+def test_progress_tells_every_step():
+    seen = []
+    tiny().generate(3, steps=2, batch=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 4), (1, 4), (2, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_inverting_and_sampling_again_gives_the_image_back():
+    p = tiny(processes.VP(), "eps")
+    for (
+        parameter
+    ) in p.denoiser.net.output.parameters():  # eps = 0: both ways are exact scalings, the plumbing is tested
+        parameter.data.zero_()
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    up = p.invert(images, ["noto", "twemoji"], steps=5)
+    assert up.t == 1.0 and up.index == 0
+    assert torch.allclose(up.x, codecs.to_float(images) * p.process.coef(1.0).alpha, atol=1e-6)
+    back = sf.sample(p.denoiser, solver="ddim", steps=5, x=up, cond=p.conditions(2, ["noto", "twemoji"]))
+    assert torch.equal(codecs.to_uint8(back), images)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "json", "format", "foreign"])
+def test_a_damaged_folder_is_one_clear_error(tmp_path, damage):
+    folder = tiny().save(tmp_path / "m")
+    weights, description = folder / "model.safetensors", folder / "pipeline.json"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "remove":
+        weights.unlink()
+    elif damage == "json":
+        description.write_text("{")
+    elif damage == "format":
+        description.write_text(json.dumps(json.loads(description.read_text()) | {"format": 99}))
+    else:
+        other = json.loads(description.read_text())
+        other["network"]["config"]["width"] = 16
+        description.write_text(json.dumps(other))
+    with pytest.raises(InputError, match="damaged|format|does not fit|missing"):
+        sf.load(folder)
+
+
+def test_wrong_requests_say_what_is_allowed(tmp_path):
+    p = tiny()
+    with pytest.raises(FileNotFoundError, match="no model 'nothing'"):
+        sf.load("nothing")
+    with pytest.raises(InputError, match="one of noto, twemoji"):
+        p.generate(["apple"])
+    with pytest.raises(InputError, match="at least one"):
+        p.generate(0)
+    with pytest.raises(InputError, match="2 seeds"):
+        p.generate(3, seed=[1, 2])
+    with pytest.raises(InputError, match="reads no"):
+        p.generate(1, cond={"style": "noto"})
+    p.solver = sf.solvers.get("ddim")
+    with pytest.raises(InputError, match="as a spec"):
+        p.save(tmp_path)
+
+
+def test_a_prompt_without_words_is_the_null_condition():
+    text = conditioners.Text(4, {"vendor": VENDORS}, table="emoji-captions.safetensors")
+    cond = text(2, ["red heart", " "], vendor=["noto", None])
+    assert cond["vendor"].tolist() == [0, 2]
+    assert cond["text_mask"].any(1).tolist() == [True, False]
+    assert cond["vector"][1].abs().sum() == 0
+    assert cond["vector"][0].square().mean() == pytest.approx(1.0, abs=0.01)
+    with pytest.raises(InputError, match="prompts for 3 images"):
+        text(3, ["one", "two"])
