@@ -63,7 +63,9 @@ def _check(given: tuple[str, ...], process: Interpolant) -> None:
     if wrong or {"flow", "drift"} <= kinds or {"eps", "score"} <= kinds:
         raise InputError(f"networks of {sorted(given)}: at most one of 'flow', 'drift' and one of 'eps', 'score'")
     if not kinds & {"flow", "drift"} and process.path != "mirror":
-        raise InputError(f"the {process.path} path needs a network for its 'flow' or its 'drift', not only {sorted(given)}")
+        raise InputError(
+            f"the {process.path} path needs a network for its 'flow' or its 'drift', not only {sorted(given)}"
+        )
     if kinds & {"flow", "drift"} and process.path == "mirror":
         raise InputError("the mirror path has no velocity of its own: give only a network for 'eps' or 'score'")
     if "drift" in kinds and not kinds & {"eps", "score"} and process.gamma != "zero":
