@@ -76,7 +76,7 @@ def test_it_yields_the_start_and_every_step(n: int, start: float, stop: float, s
         ({"grid": grids.fixed([1.0, 0.5, 0.0])}, "a fixed grid of 2 steps from 1.0 to 0.0 cannot serve 4 steps"),
         ({"start": 0.0, "stop": 1.0, "solver": "ddpm"}, "draws noise and only runs towards data"),
     ],
-    ids=str,
+    ids=lambda v: v if isinstance(v, str) else "-".join(v),
 )
 def test_one_clear_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):

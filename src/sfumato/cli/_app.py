@@ -139,7 +139,9 @@ def command(
 
 
 def show(answer: Answer, as_json: bool) -> None:
-    """Print the record as JSON, or what is meant for people."""
+    """Print the record as JSON, or what is meant for people; of several processes only the first speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         print(json.dumps(answer.record, ensure_ascii=False, allow_nan=False))
     elif answer.shown is not None:

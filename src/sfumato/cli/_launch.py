@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -21,12 +23,27 @@ def launched(function: Callable[..., Any], processes: int, *args: Any) -> None:
 
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of processes it ends
     try:
-        launch(function, processes, *args)
+        with _threads_shared(processes):
+            launch(function, processes, *args)
     except ProcessRaisedException as error:
         last = list(re.finditer(r"^([\w.]+(?:Error|Diverged|Name|Extra|Dataset)): ", str(error), re.MULTILINE))
         if last and _of_user(last[-1][1]):
             raise InputError(str(error)[last[-1].end() :].strip()) from error
         raise RuntimeError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _threads_shared(processes: int) -> Iterator[None]:
+    """Processes that are started here divide the cores among them, unless OMP_NUM_THREADS says otherwise."""
+    name = "OMP_NUM_THREADS"
+    if processes == 1 or name in os.environ:
+        yield
+        return
+    os.environ[name] = str(max(1, (os.cpu_count() or 1) // processes))
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _of_user(name: str) -> bool:

@@ -15,7 +15,7 @@ from sfumato.cli._app import Answer, command
 
 OBJECTIVES = ("eps", "x0", "v", "flow")
 PROCESSES = {"vp": "VP", "cosine": "Cosine", "flow": "Flow", "edm": "EDM", "ve": "VE"}
-NETWORKS = ("unet", "dit", "mlp")
+NETWORKS = ("unet", "dit")
 CONDITIONS = ("auto", "text", "label", "none")
 FREE = ("steps", "save_every", "sample_every", "log_every", "processes")  # what a resume may change
 
