@@ -65,7 +65,7 @@ def verdict(slug: str) -> str:
     if slug not in recipes.names():
         return "no recipe yet"
     kept = recipes.evidence(slug)
-    return "not run" if kept is None else "holds" if kept.holds else "not reproduced"
+    return "not run" if kept is None else "holds" if kept.holds else "does not hold"
 
 
 def systems() -> str:
@@ -73,7 +73,7 @@ def systems() -> str:
     papers = recipes.papers()
     verdicts = {paper.slug: verdict(paper.slug) for paper in papers}
     made, held = (
-        sum(v in kinds for v in verdicts.values()) for kinds in (("holds", "not reproduced", "not run"), ("holds",))
+        sum(v in kinds for v in verdicts.values()) for kinds in (("holds", "does not hold", "not run"), ("holds",))
     )
     lines = [
         f"{len(papers)} systems, {made} with a recipe, {held} of them hold.",

@@ -57,7 +57,7 @@ def row(paper: Paper, made: bool) -> dict[str, Any]:
         "family": paper.family,
         "kind": recipes.get(paper.slug).kind if made else None,
         "command": f"sfumato reproduce {paper.slug}" if made else None,
-        "verdict": verdict or ("run reproduce" if made else None),
+        "verdict": verdict or ("run reproduce" if made else "no recipe yet"),
     }
 
 
