@@ -128,7 +128,7 @@ def make_encoder(out: Path, steps: int = 1500, batch: int = 192, seed: int = 0, 
     )  # fmt: skip
 
 
-def make_judge(out: Path, steps: int = 800, batch: int = 192) -> Trainer:
+def make_judge(out: Path, steps: int = 2000, batch: int = 192) -> Trainer:
     """Train ``emoji-judge``: another architecture and another seed, used only to evaluate."""
     return make_encoder(out, steps, batch, seed=1, image="vit-encoder")
 
