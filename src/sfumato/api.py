@@ -17,8 +17,9 @@ def _solver(solver: str | Solver) -> Solver:
     return solvers.registry.make(solver) if isinstance(solver, str) else solver
 
 
-def _grid(grid: str | Grid | None) -> Grid:
-    return grids.registry.make(grid or DEFAULT_GRID) if grid is None or isinstance(grid, str) else grid
+def _grid(grid: str | Grid | None, solver: Solver) -> Grid:
+    grid = grid or solver.grid or DEFAULT_GRID
+    return grids.registry.make(grid) if isinstance(grid, str) else grid
 
 
 def sample(
@@ -31,12 +32,13 @@ def sample(
 ) -> Tensor:
     """Sample: x (B, *) at t = 0 from noise (``shape=``) or from a state (``x=``).
 
-    solver, grid  a name, a spec such as "dpm-solver++(order=3)", or an object
+    solver, grid  a name, a spec such as "dpm-solver++(order=3)", or an object; grid None is the one the solver needs, or arctan
     options       shape, x, cond, seed, start, stop, ctx, grad, dtype, device: see :func:`sfumato.core.trajectory`
 
     Item i draws from stream (seed, i): it never depends on the batch.
     """
-    return core.sample(denoiser, _solver(solver), _grid(grid), steps, **options)  # type: ignore[no-any-return]
+    chosen = _solver(solver)
+    return core.sample(denoiser, chosen, _grid(grid, chosen), steps, **options)  # type: ignore[no-any-return]
 
 
 def trajectory(
@@ -48,7 +50,8 @@ def trajectory(
     **options: Any,
 ) -> Any:
     """The iterator of Steps behind :func:`sample`; takes the same arguments."""
-    return core.trajectory(denoiser, _solver(solver), _grid(grid), steps, **options)
+    chosen = _solver(solver)
+    return core.trajectory(denoiser, chosen, _grid(grid, chosen), steps, **options)
 
 
 def invert(
@@ -69,7 +72,7 @@ def invert(
     """
     chosen = _solver(solver)
     forward = chosen.inverse() if chosen.reversible else chosen
-    run = core.trajectory(denoiser, forward, _grid(grid), steps, x=x0, cond=cond, start=start, stop=stop, **options)
+    run = core.trajectory(denoiser, forward, _grid(grid, chosen), steps, x=x0, cond=cond, start=start, stop=stop, **options)
     for st in run:
         last = st
     return last.restart()

@@ -48,8 +48,16 @@ CONFIGURED = _distinct([
     *NAMES,
     *(f"dpm-solver++({numbers})" for numbers in (
         "order=1", "order=3", "order=4", "order=3, variable='angle'", "order=4, variable='angle', last=2",
-        "order=2, form='noise'", "order=3, form='noise', variable='angle'",
+        "order=2, form='noise'", "order=3, form='noise', variable='angle'", "order=3, form='v', variable='angle'",
+        "order=2, form='v', variable='lambda'", "order=2, rule='midpoint'",
+        "order=3, variable='angle', corrector=True, last=2", "order=2, form='v', variable='angle', corrector=True",
+        "order=2, form='noise', variable='rho'", "order=3, variable='time', taper=True", "order=2, eta=0.5, corrector=True",
+        "order=3, eta=1.0", "order=2, form='noise', eta=1.0",
     )),
+    "dpm-solver++2s(rule='exact', variable='angle')", "dpm-solver++3s(rule='exact')", "dpm-solver++2s(eta=0.5, order=3)",
+    "dpm-solver-2(variable='angle')", "dpm-solver-3(rule='exact')", "dpm-solver-v3(order=3, corrector=True)",
+    "heavy-ball(beta=0.5, terms=3)", "ghvb(terms=4, beta=0.8)", "ipndm(beta=0.5, momentum='nesterov')",
+    "dpm-solver-adaptive(order=2)",
     "ddpm(eta=0.0)", "ddpm(eta=0.5)", "edm(churn=0.0)", "euler-maruyama(eta=0.0)", "euler-maruyama(eta=0.5)",
 ])  # fmt: skip
 DETERMINISTIC = [name for name in CONFIGURED if not make(name).stochastic]
@@ -101,6 +109,8 @@ def lam_times(process: Any, n: int, high: float, low: float, lead: int = 0) -> T
 
 def keeps_grid(solver: Solver) -> bool:
     """Whether it visits the times it is given: an adaptive or event-driven solver says otherwise by its own ``times``."""
+    if solver.grid or math.isnan(solver.nfe):  # its own times only check the grid; or its steps lie within the grid's
+        return bool(solver.grid)
     while isinstance(solver, Wrap) and type(solver).times is Wrap.times:
         solver = solver.inner
     return type(solver).times is Solver.times
@@ -108,6 +118,8 @@ def keeps_grid(solver: Solver) -> bool:
 
 def run(denoiser: Denoiser, solver: Solver, grid: Grid, steps: int, **options: Any) -> Tensor:
     """Sample; a solver may refuse what it does not support, but clearly and before the first call of the denoiser."""
+    if solver.grid:
+        grid = grids.get(solver.grid)
     if "ctx" not in options:
         given = options.get("x")
         shape = options.get("shape") if given is None else given.shape

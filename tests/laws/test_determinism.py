@@ -25,10 +25,14 @@ from sweep import (
 from torch import Tensor
 
 from sfumato import grids
-from sfumato.core import Context, Step, Streams, trajectory
+from sfumato.core import Context, Grid, Solver, Step, Streams, trajectory
 from sfumato.guidance import cfg
 
 GRID, STEPS = grids.get("logsnr"), 5
+
+
+def grid_of(solver: Solver) -> Grid:
+    return grids.get(solver.grid or "logsnr")
 
 
 def draw(name: str, law: str, n: int, seed: Any = 5, **options: Any) -> Tensor:
@@ -75,7 +79,7 @@ def test_stochastic_solvers_use_their_seed_and_draw_anew_each_step(name: str) ->
     """From one given state two seeds differ, and no noise of a run is drawn twice."""
     denoiser, x = mixture().denoiser(PROCESSES["vp"]), normal(3, 2)
     ctx, seen = Context.of(3, 1, dtype=torch.float64), []
-    for st in trajectory(denoiser, make(name), GRID, STEPS, x=x, ctx=ctx):
+    for st in trajectory(denoiser, make(name), grid_of(make(name)), STEPS, x=x, ctx=ctx):
         seen += ctx.run.noise if st.index else []
     drawn = torch.cat([z.flatten() for z in seen])
     assert len(drawn) >= 6 and drawn.unique().numel() == len(drawn)
@@ -88,10 +92,10 @@ def test_stochastic_solvers_use_their_seed_and_draw_anew_each_step(name: str) ->
 def test_a_pickled_step_resumes_bit_for_bit(name: str, law: str) -> None:
     denoiser, solver = mixture().denoiser(PROCESSES[law]), make(name)
     options: dict[str, Any] = {"seed": [4, -1, 2**70], "dtype": torch.float64}
-    steps = list(trajectory(denoiser, solver, GRID, 6, shape=(3, 2), **options))
+    steps = list(trajectory(denoiser, solver, grid_of(solver), 6, shape=(3, 2), **options))
     for saved in steps:
         again = pickle.loads(pickle.dumps(saved))
-        *_, last = trajectory(denoiser, solver, GRID, 6, x=again, seed=options["seed"])
+        *_, last = trajectory(denoiser, solver, grid_of(solver), 6, x=again, seed=options["seed"])
         assert isinstance(last, Step) and last.index == steps[-1].index and last.t == steps[-1].t
         assert torch.equal(last.x, steps[-1].x)
         assert torch.equal(solver.read(last), solver.read(steps[-1]))
@@ -102,7 +106,7 @@ def test_stepping_never_changes_the_step_it_began_from(name: str) -> None:
     """A Step is immutable in its tensors too: branches of one Step never meet."""
     denoiser, solver = mixture().denoiser(PROCESSES["flow"]), make(name)
     kept = []
-    for st in trajectory(denoiser, solver, GRID, STEPS, shape=(2, 2), seed=3):
+    for st in trajectory(denoiser, solver, grid_of(solver), STEPS, shape=(2, 2), seed=3):
         kept.append((st, pickle.loads(pickle.dumps(st))))
     for st, copy in kept:
         leaves, originals = tensors((st.x, st.carry)), tensors((copy.x, copy.carry))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from sweep import DETERMINISTIC, PROCESSES, gaussian, keeps_grid, lam_times, make, mixture, run, start, three_processes
+from sweep import DETERMINISTIC, PROCESSES, gaussian, keeps_grid, lam_times, make, mixture, start, three_processes
 from torch import Tensor
 
-from sfumato.core import Context
+from sfumato.core import Context, sample
 from sfumato.grids import fixed
 
 LOW, HIGH, LEAD = -1.5, 1.5, 14
-STEPS = (24, 48)
+STEPS = (48, 96)
 
 
 @cache
@@ -44,14 +45,18 @@ def exact(law: str, kind: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_error_falls_with_the_declared_order(name: str, law: str, kind: str) -> None:
     solver, process = make(name), PROCESSES[law]
+    if getattr(solver, "taper", False):  # low orders at the end are for few steps: they leave order 2 of any
+        solver = replace(solver, taper=False)
     if not keeps_grid(solver):
-        pytest.skip("it chooses its own times")
+        pytest.skip("it chooses its own times, or needs equal ones")
     x, end = exact(law, kind)
     denoiser = (gaussian() if kind == "gaussian" else mixture()).denoiser(process)
     errors = []
     for n in STEPS:
         times = lam_times(process, n, HIGH, LOW, LEAD)
-        y = run(denoiser, solver, fixed(times), len(times) - 1, x=x, start=float(times[0]), stop=float(times[-1]))
+        if solver.grid == "uniform":
+            times = torch.linspace(float(times[0]), float(times[-1]), n + 1, dtype=torch.float64)
+        y = sample(denoiser, solver, fixed(times), len(times) - 1, x=x, start=float(times[0]), stop=float(times[-1]))
         errors.append((y - end).norm(dim=-1))
     slopes = torch.log2(errors[0] / errors[1].clamp(min=1e-15))
     assert errors[1].median() < 0.05

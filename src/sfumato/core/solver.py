@@ -45,6 +45,7 @@ class Solver:
     nfe         denoiser calls a step
     stochastic  draws noise
     reversible  ``inverse()`` undoes it to round-off
+    grid        the name of the only grid its weights are for, None for any
 
     They are attributes of the instance, since they depend on its numbers, and the law tests check them.
     """
@@ -53,6 +54,7 @@ class Solver:
     nfe: float = 1.0
     stochastic: bool = False
     reversible: bool = False
+    grid: str | None = None
 
     def times(self, process: Any, grid: Sequence[float], x: State, ctx: Context) -> Iterator[Times]:
         """The times to visit after the first. Event-driven and adaptive solvers choose their own."""
@@ -83,6 +85,7 @@ class Wrap(Solver):
     order = property(lambda self: self.inner.order)  # type: ignore[assignment]
     nfe = property(lambda self: self.inner.nfe)  # type: ignore[assignment]
     stochastic = property(lambda self: self.inner.stochastic)  # type: ignore[assignment]
+    grid = property(lambda self: self.inner.grid)  # type: ignore[assignment]
 
     def times(self, process: Any, grid: Sequence[float], x: State, ctx: Context) -> Iterator[Times]:
         return self.inner.times(process, grid, x, ctx)

@@ -1,131 +1,172 @@
-"""The exponential-integrator family: one set of weights, and published multistep solvers as configurations of it.
-
-The linear part of the probability-flow equation is solved exactly and the prediction is replaced by a polynomial through
-its last values. In 'data' form x / sigma moves by the integral of x0 d(alpha / sigma); in 'noise' form x / alpha moves by
-the integral of eps d(sigma / alpha). The polynomial's variable is lambda = log(alpha / sigma) or the angle
-atan2(sigma, alpha), which is finite at both ends.
-"""
+"""Multistep exponential integrators: one class, and the published solvers as its configurations."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from sfumato.core import Context, Denoiser, InputError, Solver, Step, Times, linear
+from sfumato.solvers._integral import FORMS, RULES, VARIABLES, divides_by_zero, noise_std, reading, weights
 from sfumato.solvers._registry import register
 
+__all__ = ["HeavyBall", "Multistep", "ReleasedThirdOrder", "weights"]
 
-def _gauss_legendre(n: int) -> list[tuple[float, float]]:
-    """Nodes and weights on [-1, 1] by Newton's iteration on the Legendre polynomial."""
-    points = []
-    for i in range(n):
-        x = math.cos(math.pi * (i + 0.75) / (n + 0.5))
-        for _ in range(20):
-            p, q = 1.0, x
-            for k in range(2, n + 1):
-                p, q = q, ((2 * k - 1) * x * q - (k - 1) * p) / k
-            slope = n * (x * q - p) / (x * x - 1)
-            x -= q / slope
-        points.append((x, 2 / ((1 - x * x) * slope * slope)))
-    return points
-
-
-_QUADRATURE = _gauss_legendre(16)
-
-
-def _place(variable: str, lam: float) -> float:
-    return lam if variable == "lambda" else math.pi / 2 if lam == -math.inf else math.atan(math.exp(-lam))
-
-
-@lru_cache(maxsize=65536)
-def weights(process: Any, form: str, variable: str, t: float, s: float, nodes: tuple[float, ...]) -> tuple[float, ...]:
-    """(A, w_0, w_1, ...) with x_s = A x_t + sum_j w_j m(nodes_j), m the 'data' or 'noise' prediction, newest node first.
-
-    Exact for predictions that are polynomials of degree < len(nodes) in ``variable``. Host floats, pure and cached. At
-    sigma_s = 0 ('noise' form: alpha_s = 0) the weight of the integral concentrates at the end, so the polynomial is
-    extrapolated there; nodes whose variable is infinite, or that repeat a newer one, are passed over. Raises InputError
-    where the form divides by 0 at t.
-    """
-    a, b = process.coef(t), process.coef(s)
-    if (a.sigma if form == "data" else a.alpha) == 0:
-        raise InputError(f"the {form!r} form divides by 0 at t = {t}: leave it by a DDIM step, or use the other form")
-    if form == "data":
-        scale, total = b.sigma / a.sigma, b.alpha - a.alpha * b.sigma / a.sigma
-    else:
-        scale, total = b.alpha / a.alpha, b.sigma - b.alpha * a.sigma / a.alpha
-    places = [_place(variable, process.coef(n).lam) for n in nodes]
-    keep = [j for j, y in enumerate(places) if math.isfinite(y) and y not in places[:j]] or [0]
-    at = [(0.0, total)] if len(keep) == 1 else _points(form, variable, a, b)
-    if not all(math.isfinite(y) for y, _ in at):
-        keep = keep[:1]
-    out = [0.0] * len(nodes)
-    for j in keep:
-        others = [m for m in keep if m != j]
-        out[j] = math.fsum(w * math.prod((y - places[m]) / (places[j] - places[m]) for m in others) for y, w in at)
-    if len(keep) == 1:
-        out[keep[0]] = total
-    return (scale, *out)
-
-
-def _points(form: str, variable: str, a: Any, b: Any) -> list[tuple[float, float]]:
-    """Where and with what weight the integral looks at the polynomial: (place, weight), the weights sum to the total."""
-    sign, outer, rest = (1.0, b.sigma, b.alpha) if form == "data" else (-1.0, b.alpha, b.sigma)
-    if outer == 0:
-        return [(_place(variable, b.lam), rest)]
-    low, high = math.exp(sign * a.lam), math.exp(sign * b.lam)
-    if math.isinf(a.lam) or math.isinf(b.lam):  # the bounded exponential is the integration variable
-        values = [(low + (high - low) * (g + 1) / 2, w * (high - low) / 2) for g, w in _QUADRATURE]
-        return [(_place(variable, math.log(v) / sign), outer * w) for v, w in values]
-    lams = [(a.lam + (b.lam - a.lam) * (g + 1) / 2, w * (b.lam - a.lam) / 2) for g, w in _QUADRATURE]
-    return [(_place(variable, lam), outer * sign * w * math.exp(sign * lam)) for lam, w in lams]
+History: TypeAlias = "Sequence[tuple[Times, Any]]"
 
 
 @register("dpm-solver++")
+@register("deis", order=3, form="noise", variable="time")
+@register("unipc", order=3, rule="midpoint", corrector=True, taper=True)
+@register("sa-solver", order=3, eta=1.0, corrector=True)
+@register("dpm-solver++sde", eta=1.0)
 @dataclass(frozen=True)
 class Multistep(Solver):
     """A multistep exponential integrator: one call a step.
 
-    form       'data' | 'noise': which prediction is held polynomial
-    variable   'lambda' | 'angle': in what
+    form       'data' | 'noise' | 'v' | 'flow': which reading of the belief is held polynomial
+    variable   'lambda' | 'angle' | 'rho' | 'time': in what
     order      1 is DDIM; order 2 and 3 in ('data', 'lambda') are DPM-Solver++ 2M and 3M with exact weights
+    corrector  mend each state with the belief that was read there (one more order, no more calls); the last is not mended
+    eta        the share of the reverse SDE's noise: 0 is the flow, 1 the SDE, and eta = tau^2 for SA-Solver's tau
+    rule       'exact' | 'midpoint' | 'released': how two or three nodes are integrated, see :func:`weights`
     last       the order of a step that ends at sigma = 0, where the polynomial is extrapolated to the end
+    taper      let the order fall to the number of steps that are left ("lower order final")
 
-    The order falls at the start, where history is short, and to DDIM where the form would divide by 0: 'data' when it
-    leaves sigma = 0 (inversion), 'noise' when it leaves alpha = 0. One clock for the batch.
+    The order is also lower at the start, where history is short, and a step is the kernel's own (DDIM, or DDPM where
+    eta > 0) where the form would divide by 0: 'data' when it leaves sigma = 0 (inversion), 'noise' when it leaves
+    alpha = 0. Registered: "dpm-solver++" (2M; ``rule='midpoint'`` is the released one), "dpm-solver++sde" (2M SDE),
+    "deis" (tAB; ``variable='rho'`` is rhoAB), "unipc" (bh2), "sa-solver" (predictor and corrector of order 3). Adams-
+    Bashforth is form 'flow', variable 'time'.
     Source: Lu, Zhou, Bao, Chen, Li, Zhu, 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
-    Models"; Zhang & Chen, 2023, "Fast Sampling of Diffusion Models with Exponential Integrator".
+    Models"; Zhang & Chen, 2023, "Fast Sampling of Diffusion Models with Exponential Integrator"; Zhao, Bai, Rao, Zhou, Lu,
+    2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models"; Xue, Yi, Luo, Zhang, Sun,
+    Li, Ma, 2023, "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models".
     """
 
     order: int = 2
     form: str = "data"
     variable: str = "lambda"
+    corrector: bool = False
+    eta: float = 0.0
+    rule: str = "exact"
     last: int = 1
+    taper: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.order <= 4 or self.last < 1:
-            raise InputError(f"order = {self.order}, last = {self.last}: 1 <= order <= 4 and last >= 1")
-        if self.form not in ("data", "noise") or self.variable not in ("lambda", "angle"):
-            raise InputError(f"form {self.form!r} is 'data' or 'noise', variable {self.variable!r} 'lambda' or 'angle'")
+        if not 1 <= self.order <= 5 or self.last < 1 or self.eta < 0:
+            raise InputError(f"order = {self.order}, last = {self.last}, eta = {self.eta}: 1 to 5, >= 1, >= 0")
+        for name, value, known in (
+            ("form", self.form, FORMS), ("variable", self.variable, VARIABLES), ("rule", self.rule, RULES),
+        ):  # fmt: skip
+            if value not in known:
+                raise InputError(f"{name} = {value!r}: one of {', '.join(known)}")
+        if self.eta and self.form in ("v", "flow"):
+            raise InputError(f"the {self.form!r} form is for the flow only: use form 'data' or 'noise' with eta > 0")
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.eta > 0
+
+    @property
+    def nodes(self) -> int:
+        """How many beliefs the polynomial goes through, without the corrector's new one."""
+        return self.order
 
     def init(self, x: Any, t: Times, denoiser: Denoiser, ctx: Context) -> Step:
-        return Step(x, t, ())
+        return Step(x, t, ((), None, None))
 
     def step(self, st: Step, s: Times, denoiser: Denoiser, ctx: Context) -> Step:
         process = denoiser.process
-        a, b, post = process.coef(st.t), process.coef(s), denoiser(st.x, st.t, ctx)
-        reading = post.view("x0" if self.form == "data" else "eps")
-        history = ((st.t, reading), *st.carry)[: self.order]
-        if isinstance(st.t, float) and (a.sigma if self.form == "data" else a.alpha) == 0:
-            return Step(post.at(b.alpha, b.sigma), s, history)
-        used = history[: self.last] if isinstance(s, float) and b.sigma == 0 else history
-        scale, *w = process.weights(_asked(self.form, self.variable), s, *(t for t, _ in used))
-        terms = [v for wj, (_, m) in zip(w, used, strict=True) for v in (wj, m)]
-        return Step(linear(scale, st.x, *terms), s, history)
+        noise = ctx.draw(process.space, st.x) if self.eta else None
+        post = denoiser(st.x, st.t, ctx)
+        past, base, velocity = st.carry
+        history = ((st.t, reading(post, self.form)), *past)
+        b = process.coef(s)
+        ends = isinstance(s, float) and b.sigma == 0
+        if divides_by_zero(self.form, post.coef) or (ends and self.eta and self.form == "noise"):
+            kernel = process.kernel(st.x, post, st.t, s, min(self.eta, 1.0))
+            return Step(kernel.draw(noise), s, (history[: self.nodes], None, velocity))
+        ask, x = _asked(self.form, self.variable, self.eta, self.rule), st.x
+        if base is not None:  # the state was predicted from ``base``: mend it with the belief that was read at it
+            mended = history[: self.nodes + 1]
+            _, _, *w = process.weights(ask, st.t, base[1], *(t for t, _ in mended))
+            x = _add(base[0], w, mended)
+        history = history[: self.nodes]
+        order = self.last if ends else self.nodes
+        if self.taper and ctx.run.total is not None:
+            order = min(order, ctx.run.total - ctx.run.step)
+        used = history[:order]
+        scale, std, *w = process.weights(ask, s, st.t, *(t for t, _ in used))
+        start = linear(scale, x, std, noise)
+        x, velocity = self._advance(start, w, used, velocity)
+        return Step(x, s, (history, (start, st.t) if self.corrector else None, velocity))
+
+    def _advance(self, start: Any, w: Sequence[Any], used: History, velocity: Any) -> tuple[Any, Any]:
+        return _add(start, w, used), None
+
+
+def _add(start: Any, w: Sequence[Any], used: History) -> Any:
+    terms = [v for wj, (_, m) in zip(w, used, strict=True) for v in (wj, m)]
+    return linear(1.0, start, *terms)
 
 
 @lru_cache
-def _asked(form: str, variable: str) -> Any:
-    """The question a step puts to the process: the weights of nodes (newest first) for a step from the newest to s."""
-    return lambda process, s, *nodes: weights(process, form, variable, nodes[0], s, nodes)
+def _asked(form: str, variable: str, eta: float, rule: str) -> Any:
+    """The question a step puts to the process: (scale, std, weights of the nodes, newest first) of a step from t to s."""
+
+    def ask(process: Any, s: float, t: float, *nodes: float) -> tuple[float, ...]:
+        scale, *w = weights(process, form, variable, t, s, nodes, eta, rule)
+        return (scale, noise_std(process, form, t, s, eta), *w)
+
+    return ask
+
+
+@register("dpm-solver++3m")
+@dataclass(frozen=True)
+class ReleasedThirdOrder(Multistep):
+    """DPM-Solver++(3M) as it was released: its second difference carries half its weight, so it is of order 2.
+
+    The exact one is ``dpm-solver++`` with order = 3. Source: Lu et al. 2022, and its reference implementation.
+    """
+
+    order: int = 2
+    rule: str = "released"
+    taper: bool = True
+
+    @property
+    def nodes(self) -> int:
+        return self.order + 1
+
+
+@register("heavy-ball")
+@dataclass(frozen=True)
+class HeavyBall(Multistep):
+    """Momentum on a multistep solver: v <- (1 - beta) v + beta D, x_s = A x_t + (sum of the weights) v.
+
+    D = sum_j w_j m_j / sum_j w_j is the direction the solver would take, v starts as the first one. Averaging widens the
+    interval of stability by (2 - beta) / beta and lowers the order to 1: it trades accuracy for the absence of divergence
+    artifacts at few steps or large guidance. beta = 1 is the solver itself. ``terms`` is its number of nodes, ``form`` and
+    ``variable`` what it interpolates. Source: Wizadwongsa, Chinchuthakun, Khungurn, Raj, Suwajanakorn, 2024, "Diffusion
+    Sampling with Momentum for Mitigating Divergence Artifacts".
+    """
+
+    order: int = 1
+    terms: int = 2
+    beta: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.beta <= 1 and 1 <= self.terms <= 5):
+            raise InputError(f"beta = {self.beta}, terms = {self.terms}: 0 < beta <= 1 and 1 <= terms <= 5")
+
+    @property
+    def nodes(self) -> int:
+        return self.terms
+
+    def _advance(self, start: Any, w: Sequence[Any], used: History, velocity: Any) -> tuple[Any, Any]:
+        total = sum(w)
+        direction = linear(*[v for wj, (_, m) in zip(w, used, strict=True) for v in (wj / total, m)])
+        velocity = direction if velocity is None else linear(1 - self.beta, velocity, self.beta, direction)
+        return linear(1.0, start, total, velocity), velocity
