@@ -50,6 +50,10 @@ class EmpiricalStatistics:
         """The same numbers at every level: (1, 0, 0) is DPM-Solver++, (0, -1, 0) DPM-Solver."""
         return EmpiricalStatistics(torch.tensor([-20.0, 20.0]), *(torch.full((2,), float(v)) for v in (l, s, b)))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a sampler card keeps; ``EmpiricalStatistics(**tensors)`` makes it again."""
+        return {"lams": self.lams, "l": self.l, "s": self.s, "b": self.b}
+
     def _cumulated(self, values: Tensor) -> Tensor:
         steps = (values[1:] + values[:-1]) / 2 * _spread(self.lams.diff(), values)
         return torch.cat([torch.zeros_like(values[:1]), steps.cumsum(0)])
@@ -126,7 +130,7 @@ class DPMSolverV3(Solver):
     def _level(self, lam: float, like: Any) -> tuple[Tensor, ...]:
         key = (lam, like.dtype, like.device)
         if key not in self._cache:
-            self._cache[key] = tuple(v.to(like) for v in self.statistics.at(lam))  # type: ignore[union-attr]
+            self._cache[key] = tuple(v.to(like)[None] for v in self.statistics.at(lam))  # type: ignore[union-attr]
         return self._cache[key]  # type: ignore[no-any-return]
 
     def _moved(self, y: Any, low: float, high: float, history: Sequence[tuple[float, Tensor]]) -> Tensor:
