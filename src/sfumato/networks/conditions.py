@@ -143,7 +143,7 @@ def with_image(x: Tensor, image: Tensor | None, channels: int) -> Tensor:
     """x with the spatial condition (B, channels, H, W) concatenated; absent, it is the zero image."""
     if not channels:
         return x
-    shape = (len(x), channels, *x.shape[2:])
+    shape = (x.shape[0], channels, *x.shape[2:])
     image = x.new_zeros(shape) if image is None else image.to(x.dtype)
     if image.shape != shape:
         raise InputError(f"image is {tuple(image.shape)}; it must be {shape}")

@@ -178,8 +178,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         check_conditions({"text": text, "text_mask": text_mask, "image": image, **cond}, self.accepts)
         check_image(x, self.channels, self.patch)
-        condition = F.silu(self.conditioning(label, len(x), cond))
-        context = None if self.context is None else self.context(text, text_mask, len(x))
+        condition = F.silu(self.conditioning(label, x.shape[0], cond))
+        context = None if self.context is None else self.context(text, text_mask, x.shape[0])
         x = F.pixel_unshuffle(with_image(x, image, self.extra_channels), self.patch)
         height, width = x.shape[2:]
         tokens = self.input(x.flatten(2).transpose(1, 2))

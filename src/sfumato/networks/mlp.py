@@ -59,8 +59,8 @@ class MLP(nn.Module):
         check_conditions(cond, self.accepts)
         if x.ndim < 2 or x.shape[-1] != self.channels:
             raise InputError(f"x is {tuple(x.shape)}; it must be (batch, ..., {self.channels})")
-        condition = F.silu(self.conditioning(label, len(x), cond))
-        condition = condition.reshape(len(x), *[1] * (x.ndim - 2), -1)
+        condition = F.silu(self.conditioning(label, x.shape[0], cond))
+        condition = condition.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
         hidden = self.input(x)
         for block in self.blocks:
             hidden = block(hidden, condition)

@@ -181,8 +181,8 @@ class UNet(nn.Module):
         given = {"text": text, "text_mask": text_mask, "image": image, **cond}
         check_conditions(given, self.accepts)
         check_image(x, self.channels, self.patch * 2 ** (self.levels - 1))
-        embedding = F.silu(self.conditioning(label, len(x), cond))
-        context = None if self.context is None else self.context(text, text_mask, len(x))
+        embedding = F.silu(self.conditioning(label, x.shape[0], cond))
+        context = None if self.context is None else self.context(text, text_mask, x.shape[0])
         x = with_image(x, image, self.extra_channels).contiguous(memory_format=torch.channels_last)
         x = F.pixel_unshuffle(x, self.patch)
         hidden = self.norm(self.level(self.input(x), embedding, context))

@@ -1,0 +1,111 @@
+"""Time and memory of the same Stable-Diffusion-class pipeline through diffusers' loop and through ours, as ratios in one run.
+
+Same random weights, noise, schedule, steps and guidance; the U-Net is large enough that its cost dominates, as in use. Rounds
+are interleaved; the time is the median CPU time of one thread, the memory the peak of what torch allocates beyond the model.
+
+    python -m benchmarks.diffusers_pipelines [--rounds 5] [--steps 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import sfumato as sf
+from sfumato.core import Streams
+from sfumato.interop import tiny
+
+PROMPTS = ["a red heart", "blue sky"]
+WIDE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": 8, "sample_size": 16}
+
+
+def runs(steps: int) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Per scheduler, the two loops: {"ddim": {"diffusers": run, "ours": run}, ...}."""
+    import diffusers
+
+    out = {}
+    schedulers = {
+        "ddim": diffusers.DDIMScheduler(clip_sample=False),
+        "dpm-solver++": diffusers.DPMSolverMultistepScheduler(),
+        "unipc": diffusers.UniPCMultistepScheduler(),
+    }
+    for name, scheduler in schedulers.items():
+        pipe = tiny.pipeline("sd", scheduler, **WIDE)
+        model = sf.from_diffusers(pipe)
+        out[name] = {"diffusers": _theirs(pipe, model, steps), "ours": _ours(model, steps)}
+    return out
+
+
+def _theirs(pipe: Any, model: Any, steps: int) -> Callable[[], Any]:
+    noise = Streams.of(0, 2).normal(torch.empty(2, *model.codec.shape(*model.size)))
+
+    def run() -> Any:
+        return pipe(PROMPTS, latents=noise, num_inference_steps=steps, guidance_scale=5.0, output_type="pt").images
+
+    return run
+
+
+def _ours(model: Any, steps: int) -> Callable[[], Any]:
+    return lambda: model.generate(PROMPTS, steps=steps, guidance=5.0, seed=0)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """CPU seconds of one run."""
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
+def megabytes(run: Callable[[], Any]) -> float:
+    """The peak of what torch holds during a run, over what it held before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = peak = 0
+    events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 1e6
+
+
+def measure(rounds: int = 5, steps: int = 10) -> dict[str, Any]:
+    """{scheduler: {"seconds": ours / diffusers, "memory": ours / diffusers, and the figures themselves}}."""
+    torch.set_num_threads(1)
+    out = {}
+    for name, pair in runs(steps).items():
+        for run in pair.values():
+            run()
+        times: dict[str, list[float]] = {who: [] for who in pair}
+        for _ in range(rounds):
+            for who, run in pair.items():
+                times[who].append(seconds(run))
+        median = {who: statistics.median(v) for who, v in times.items()}
+        peaks = {who: megabytes(run) for who, run in pair.items()}
+        out[name] = {
+            "seconds": round(median["ours"] / median["diffusers"], 3),
+            "memory": round(peaks["ours"] / peaks["diffusers"], 3),
+            "seconds of each": {who: round(v, 3) for who, v in median.items()},
+            "megabytes of each": {who: round(v, 2) for who, v in peaks.items()},
+        }
+    return out
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    given = parser.parse_args()
+    print(json.dumps(measure(given.rounds, given.steps), indent=1))
+
+
+if __name__ == "__main__":
+    main()
