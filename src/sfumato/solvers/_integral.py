@@ -8,7 +8,9 @@ noise  x / alpha moves by the integral of eps d(sigma / alpha)
 v      x / r turns by the integral of v d(angle), with r = hypot(alpha, sigma) and angle = atan2(sigma, alpha)
 flow   x moves by the integral of (dalpha/dt x0 + dsigma/dt eps) dt: Adams' methods, nothing is solved exactly
 
-The polynomial's ``variable`` is lambda = log(alpha / sigma), the angle, rho = sigma / alpha or time.
+The polynomial's ``variable`` is lambda = log(alpha / sigma), the angle, rho = sigma / alpha or time. 'arc' is the angle, but
+from lambda = FLOOR on no polynomial goes through a node before it: where alpha is small, what a network says of x0 carries
+its error times sigma / alpha, and the angle, in which such nodes are close, would take that for a slope.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 from sfumato.core import InputError, Posterior
 
 FORMS = ("data", "noise", "v", "flow")
-VARIABLES = ("lambda", "angle", "rho", "time")
+VARIABLES = ("lambda", "angle", "arc", "rho", "time")
+FLOOR = -3.5
 RULES = ("exact", "midpoint", "released")
 
 
@@ -53,7 +56,7 @@ def _place(process: Any, variable: str, lam: float) -> float:
     match variable:
         case "lambda":
             return lam
-        case "angle":
+        case "angle" | "arc":
             return math.pi / 2 if lam == -math.inf else math.atan(math.exp(-lam))
         case "rho":
             return math.inf if lam == -math.inf else math.exp(-lam)
@@ -111,6 +114,8 @@ def weights(
         raise InputError(f"the {form!r} form divides by 0 at t = {t}: leave it by a DDIM step, or use another form")
     scale, total = _ends(form, a, b, t, s, eta)
     places = [_at(process, variable, n) for n in nodes]
+    if variable == "arc" and process.coef(nodes[0]).lam >= FLOOR:
+        places = [y if process.coef(n).lam >= FLOOR else math.inf for y, n in zip(places, nodes, strict=True)]
     keep = [j for j, y in enumerate(places) if math.isfinite(y) and y not in places[:j]] or [0]
     out = [0.0] * len(nodes)
     if len(keep) > 1:

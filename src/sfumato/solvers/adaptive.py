@@ -65,7 +65,9 @@ class Adaptive(Solver):
             size = torch.where(open_, torch.minimum(h, sign * (b.lam - at)), self.first)
             low, high = self._pair(x, at, sign * size, denoiser, ctx)
             scale = self.rtol * torch.maximum(low.abs(), previous.abs())
-            error = ((high - low) / scale.clamp(min=self.atol)).reshape(len(x), -1).square().mean(1).sqrt().double().cpu()
+            error = (
+                ((high - low) / scale.clamp(min=self.atol)).reshape(len(x), -1).square().mean(1).sqrt().double().cpu()
+            )
             if not bool(error[open_].isfinite().all()):
                 raise InputError("an item's error estimate is not finite: the denoiser diverged, or gave NaN")
             done = open_ & (error <= 1)

@@ -9,8 +9,7 @@ from sfumato.core import Context, Denoiser, Solver, Step, Times
 from sfumato.solvers._registry import register
 from sfumato.solvers.exponential import Multistep
 
-FEW = Multistep(3, "v", "angle", last=2)
-SOME, MORE, MANY = (Multistep(order, "data", "angle", corrector=True, last=2) for order in (2, 3, 4))
+SECOND, THIRD = (Multistep(order, "data", "arc", corrector=True, last=2) for order in (2, 3))
 
 
 @register("arc")
@@ -18,19 +17,21 @@ SOME, MORE, MANY = (Multistep(order, "data", "angle", corrector=True, last=2) fo
 class Arc(Solver):
     """Exponential integration along the arc (alpha, sigma) = r (cos angle, sin angle): one call a step.
 
-    The belief is a polynomial in the angle, which is finite at pure noise and at clean data, where log(alpha / sigma) is
-    not: so the first and the last step keep their order. Below 7 steps the velocity v is held polynomial (order 3),
-    otherwise x0, with a corrector and order 2 (7 to 9 steps), 3 (10 to 14) or 4 (15 and more). Use it with the ``arctan``
-    grid, on data of std about 1. States of VP, EDM and Flow differ by r alone.
+    x0 is a polynomial in the angle, which is finite at clean data, where log(alpha / sigma) is not: so the last step has
+    order 2. Beliefs from before lambda = -3.5 are used by their own step only, and a corrector of one more node mends the
+    state with the belief read at it: it repeats the first, largest step with a better x0. Order 2 for 6 to 9 steps, 3 for
+    others: where steps are that long a third node says too little about the next. Use it with the ``arctan`` grid, on data
+    of std about 1. States of VP, EDM and Flow differ by r alone. It is ``dpm-solver++`` with variable = 'arc',
+    corrector = True, last = 2.
     """
 
-    order = 4
+    order = 3
 
     def of(self, steps: int | None) -> Multistep:
         """The configuration for this many steps."""
         if steps is None:
-            return MORE
-        return FEW if steps < 7 else SOME if steps < 10 else MORE if steps < 15 else MANY
+            return THIRD
+        return SECOND if 6 <= steps < 10 else THIRD
 
     def init(self, x: Any, t: Times, denoiser: Denoiser, ctx: Context) -> Step:
         return self.of(ctx.run.total).init(x, t, denoiser, ctx)
