@@ -8,16 +8,22 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+# torch's threads spin while they wait: beside other work on the same cores that costs a hundred times what it saves
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
 _MODULES = (
-    "codecs", "core", "denoisers", "evaluation", "grids", "guidance", "networks", "objectives", "oracles", "processes",
-    "recipes", "solvers", "training", "zoo",
+    "analysis", "codecs", "core", "denoisers", "evaluation", "gradients", "grids", "guidance", "networks", "objectives", "operators",
+    "oracles", "processes", "recipes", "solvers", "training", "tuning", "zoo",
 )  # fmt: skip
 _NAMES = {
     "sample": "api", "trajectory": "api", "invert": "api", "load": "pipeline", "Pipeline": "pipeline",
+    "from_diffusers": "interop", "as_diffusers_scheduler": "interop",
+    "tune": "tuning.tune", "SamplerCard": "tuning.card", "compare": "evaluation.compare", "cite": "recipes",
     "parametrized": "denoisers", "Context": "core", "Step": "core", "SfumatoError": "core",
 }  # fmt: skip
 

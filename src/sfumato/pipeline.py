@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,11 @@ from torch import Tensor
 from sfumato import codecs, conditioners, grids, networks, processes, solvers
 from sfumato.core import Context, Grid, Guidance, InputError, Solver, Step, Streams, trajectory
 from sfumato.denoisers import Parametrized, parametrized
+from sfumato.files import write_atomically
 from sfumato.guidance import cfg
+
+if TYPE_CHECKING:
+    from sfumato.tuning.card import SamplerCard
 
 FORMAT = 1
 ZOO = Path(__file__).parent / "zoo" / "models"
@@ -71,13 +74,19 @@ class Pipeline:
         cond: Mapping[str, Any] | None = None,
         size: tuple[int, int] | None = None,
         batch: int = 32,
+        sampler: SamplerCard | str | Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """uint8 images (B, 3, H, W) for prompts (one, or one an image), or n images without prompts.
 
         ``cond`` holds raw conditions by name ({"vendor": "noto"}). Image i depends on (seed, i) only: not on ``batch``.
-        ``progress(done, total)`` is told of each step.
+        ``sampler`` is a sampler card (``sf.tune``) or its file, in the place of steps, solver and grid; it brings its guidance
+        scale and refuses another model. ``progress(done, total)`` is told of each step.
         """
+        card = None if sampler is None else self._card(sampler, guidance, steps, solver, grid)
+        if card is not None:
+            steps, solver, grid = card.steps, card.solver(), card.grid()
+            guidance = card.guidance if guidance is None else guidance
         texts = None if isinstance(prompts, int) else [prompts] if isinstance(prompts, str) else list(prompts)
         n = prompts if isinstance(prompts, int) else len(texts or ())
         if n < 1:
@@ -85,20 +94,34 @@ class Pipeline:
         total, size = steps or self.steps, size or self.size
         conditions = self.conditions(n, texts, **(cond or {}))
         denoiser, chosen = self.guided(guidance), solver or self.solver
-        sampler = solvers.registry.make(chosen) if isinstance(chosen, str) else chosen
-        times = self.grid if grid is None else grid
+        denoiser = denoiser if card is None else card.prepared(denoiser)
+        method = solvers.registry.make(chosen) if isinstance(chosen, str) else chosen
+        times = (method.grid or self.grid) if grid is None else grid
         times = grids.registry.make(times) if isinstance(times, str) else times
+        device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         streams, shape, out = Streams.of(seed, n), self.codec.shape(*size), []
         for low in range(0, n, batch):
             rows = slice(low, min(low + batch, n))
             part = {k: v[rows] for k, v in conditions.items()}
-            ctx = Context(cond=part, rng=streams.select(rows), batch=rows.stop - low)
-            for st in trajectory(denoiser, sampler, times, total, shape=(rows.stop - low, *shape), ctx=ctx):
+            ctx = Context(cond=part, rng=streams.select(rows), batch=rows.stop - low, device=device)
+            for st in trajectory(denoiser, method, times, total, shape=(rows.stop - low, *shape), ctx=ctx):
                 if progress is not None:
                     progress(low // batch * total + st.index, -(-n // batch) * total)
-            x: Any = sampler.read(st)
+            x: Any = method.read(st)
             out.append(self.codec.images(x))
         return torch.cat(out)
+
+    def _card(self, sampler: SamplerCard | str | Path, guidance: float | Guidance | None, *others: Any) -> SamplerCard:
+        """The sampler card, if it may be used here."""
+        from sfumato.tuning.card import SamplerCard
+
+        card = SamplerCard.of(sampler)
+        if any(other is not None for other in others):
+            raise InputError("a sampler card brings its own steps, solver and grid: give either sampler= or those")
+        if (card.start, card.stop) != (1.0, 0.0):
+            raise InputError(f"this card's sampler runs from t = {card.start} to {card.stop}, not from noise to data")
+        card.check(self.denoiser, guidance if isinstance(guidance, (int, float)) else None)
+        return card
 
     @torch.no_grad()
     def invert(
@@ -213,17 +236,4 @@ def _fill(modules: Mapping[str, torch.nn.Module], path: Path) -> None:
             raise InputError(f"{path} does not fit the {name} that pipeline.json describes: {error}") from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename: a killed process leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-__all__ = ["Pipeline", "bundled", "find", "load", "write_atomically"]
+__all__ = ["Pipeline", "bundled", "find", "load"]

@@ -54,8 +54,7 @@ def save(picture: Image, path: Path, card: Mapping[str, Any]) -> Path:
     """Write a PNG with the card as a text chunk, whole or not at all. InputError for another suffix."""
     from PIL.PngImagePlugin import PngInfo
 
-    from sfumato.pipeline import write_atomically
-
+    from sfumato.files import write_atomically
     png(path)
     info, buffer = PngInfo(), io.BytesIO()
     info.add_itxt(CARD, json.dumps(card, ensure_ascii=False))

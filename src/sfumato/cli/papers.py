@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +11,6 @@ from sfumato.cli._app import FAILED, Answer, command, table
 
 if TYPE_CHECKING:
     from sfumato.recipes import Evidence, Paper
-
-SOFTWARE = """@software{{sfumato,
-  title = {{sfumato: one algebra for diffusion models}},
-  author = {{{{sfumato maintainers}}}},
-  version = {{{version}}}
-}}"""
 
 
 @command("papers")
@@ -102,24 +95,7 @@ def cite(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Published systems or models.")] = None,
 ) -> Answer:
     """BibTeX of sfumato and of the systems or models that are named."""
-    import sfumato
-    from sfumato import recipes
+    from sfumato.recipes._cite import entries
 
-    entries = {"sfumato": SOFTWARE.format(version=sfumato.__version__)}
-    known = {paper.slug for paper in recipes.papers()}
-    for name in names or ():
-        found = {name: recipes.citation(name)} if name in known else _of_model(name)
-        entries.update(found)
-    return Answer({"entries": entries}, "\n\n".join(dict.fromkeys(entries.values())))
-
-
-def _of_model(name: str) -> Mapping[str, str]:
-    """What the card of a model cites: BibTeX entries, or slugs of published systems."""
-    import sfumato
-    from sfumato import recipes
-
-    try:
-        cites: Sequence[str] = sfumato.load(name).card.get("cites", ())
-    except FileNotFoundError:
-        return {name: recipes.citation(name)}  # the error that lists the published systems
-    return {cited: recipes.citation(cited) for cited in cites}
+    found = entries(*(names or ()))
+    return Answer({"entries": found}, "\n\n".join(dict.fromkeys(found.values())))

@@ -47,6 +47,10 @@ def sample(
         Path | None, typer.Option(help="Make a sheet again from the card inside it, and compare.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="For shards: processes that share the work.")] = 1,
+    sampler: Annotated[
+        Path | None, typer.Option(help="A card that `sfumato tune` wrote, for steps, solver, grid and guidance.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Use a sampler card of another model or guidance.")] = False,
 ) -> Answer:
     """Make pictures, e.g. `sfumato sample "red heart" -n 4 --steps 12 --out hearts.png`."""
     from sfumato.cli._pictures import png
@@ -58,34 +62,64 @@ def sample(
     conditions = _conditions([*(cond or ()), *([f"vendor={vendor}"] if vendor else ())])
     target = out or "out.png"
     if target.endswith("/") or Path(target).is_dir():
+        if sampler is not None:
+            raise InputError("shards are drawn with --solver, --grid and --steps: --sampler is for a sheet")
         return _shards(prompts, n, model, options, seed, conditions, Path(target), processes)
     path, count = png(target), n * max(1, len(prompts or ()))
     if count > MOST:
         raise InputError(f"{count} pictures on one sheet: at most {MOST}; --out FOLDER/ writes shards of any number")
-    card = described(model, prompts, n, options, seed, conditions) | {"columns": columns, "scale": scale}
+    card = described(model, prompts, n, options, seed, conditions, sampler, force) | {"columns": columns, "scale": scale}
     picture, seconds = drawn(card)
     return _written(picture, path, card, seconds)
 
 
 def described(
-    model: str, prompts: Sequence[str] | None, n: int, options: Mapping[str, Any], seed: int, cond: Mapping[str, str]
+    model: str,
+    prompts: Sequence[str] | None,
+    n: int,
+    options: Mapping[str, Any],
+    seed: int,
+    cond: Mapping[str, str],
+    sampler: Path | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """The card of a run: everything that its pixels depend on, with the model's own settings where none was given."""
     import sfumato
 
-    pipeline = sfumato.load(model)
-    settings = {name: getattr(pipeline, name) if value is None else value for name, value in options.items()}
-    made = {"sfumato": sfumato.__version__, "model": model, "weights": fingerprint(model)}
+    made: dict[str, Any] = {"sfumato": sfumato.__version__, "model": model, "weights": fingerprint(model)}
+    if sampler is None:
+        pipeline = sfumato.load(model)
+        settings = {name: getattr(pipeline, name) if value is None else value for name, value in options.items()}
+    else:
+        settings = _tuned(sampler, options, force)
+        made |= {"sampler": str(sampler), "sampler_file": _digest(sampler), "force": force}
     return {**made, "prompts": list(prompts or ()), "n": n, **settings, "seed": seed, "cond": dict(cond)}
+
+
+def _tuned(path: Path, options: Mapping[str, Any], force: bool) -> dict[str, Any]:
+    """The settings of a sampler card, in the place of those that were not given."""
+    from sfumato.core.errors import InputError
+    from sfumato.tuning.card import SamplerCard
+
+    given = [f"--{name}" for name in ("solver", "grid", "steps") if options[name] is not None]
+    if given:
+        raise InputError(f"a sampler card brings its own steps, solver and grid: leave out {' and '.join(given)}")
+    card = SamplerCard.load(path, force)
+    guidance = card.guidance if options["guidance"] is None else options["guidance"]
+    return {"solver": card.made_by, "grid": card.grid_spec or "tuned times", "steps": card.steps, "guidance": guidance}
 
 
 def fingerprint(model: str) -> str:
     """SHA-256 of a model's weights, shortened: a card names the very weights that it was made with."""
-    import hashlib
-
     from sfumato.pipeline import find
 
-    with (find(model) / "model.safetensors").open("rb") as file:
+    return _digest(find(model) / "model.safetensors")
+
+
+def _digest(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -106,7 +140,13 @@ def drawn(card: Mapping[str, Any]) -> tuple[Any, float]:
 def generated(pipeline: Pipeline, card: Mapping[str, Any]) -> Any:
     """uint8 (N, C, H, W): the pictures of a card, the ``n`` of each prompt together."""
     prompts = [prompt for prompt in card["prompts"] for _ in range(card["n"])]
-    settings = {name: card[name] for name in ("steps", "solver", "grid", "guidance", "seed", "cond")}
+    settings = {name: card[name] for name in ("guidance", "seed", "cond")}
+    if "sampler" in card:
+        from sfumato.tuning.card import SamplerCard
+
+        settings["sampler"] = SamplerCard.load(card["sampler"], card["force"])
+    else:
+        settings |= {name: card[name] for name in ("steps", "solver", "grid")}
     with progress("sampling") as told:
         return pipeline.generate(prompts or card["n"], **settings, progress=told)
 
@@ -132,6 +172,8 @@ def _replayed(path: Path, out: Path | None) -> Answer:
     now = fingerprint(card["model"])
     if now != card["weights"]:
         raise InputError(f"{path} was made with weights {card['weights']} of {card['model']}, here they are {now}")
+    if "sampler" in card and _digest(Path(card["sampler"])) != card["sampler_file"]:
+        raise InputError(f"the sampler card {card['sampler']} is not the one that {path} was made with")
     picture, seconds = drawn(card)
     same = picture.tobytes() == kept.tobytes()
     if out is not None:

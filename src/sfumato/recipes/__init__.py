@@ -11,12 +11,13 @@ from pathlib import Path
 
 from sfumato.core.errors import InputError, UnknownName
 from sfumato.recipes._base import KINDS, Check, Evidence, Findings, Paper, Recipe, _made, about, papers, recipe
+from sfumato.recipes._cite import cite
 
 # an installed wheel carries the verdicts inside the package; in a checkout they are documentation
 EVIDENCE = (Path(__file__).parent / "evidence", Path(__file__).parents[3] / "docs" / "evidence")
 
 __all__ = [
-    "KINDS", "Check", "Evidence", "Findings", "Paper", "Recipe", "about", "citation", "evidence", "get", "names", "papers",
+    "KINDS", "Check", "Evidence", "Findings", "Paper", "Recipe", "about", "citation", "cite", "evidence", "get", "names", "papers",
     "recipe",
 ]  # fmt: skip
 

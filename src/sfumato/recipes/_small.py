@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class Digits(NamedTuple):
@@ -33,8 +34,17 @@ def pictures(x: Tensor) -> Tensor:
     return ((x.reshape(-1, 1, 8, 8) + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
-def learn(objective: Any, fields: dict[str, Tensor], seed: int, *, steps: int, size: int = 256, lr: float = 2e-3, **options: Any) -> Any:
-    """The player 'denoiser' of an objective, taught on the CPU with AdamW, a warm-up and a cosine decay; weights averaged."""
+def learn(
+    objective: Any,
+    fields: dict[str, Tensor],
+    seed: int,
+    *,
+    steps: int,
+    size: int = 256,
+    lr: float = 2e-3,
+    **options: Any,
+) -> Any:
+    """The first player of an objective, taught on the CPU with AdamW, a warm-up and a cosine decay; weights averaged."""
     from sfumato.training import Trainer
     from sfumato.training.data import Arrays, Batches
 
@@ -42,4 +52,33 @@ def learn(objective: Any, fields: dict[str, Tensor], seed: int, *, steps: int, s
     trainer = Trainer(
         objective, data, steps=steps, lr=lr, warmup=50, decay="cosine", ema=0.99, seed=seed, cpu=True, progress=False
     )
-    return trainer.fit()["denoiser"]
+    return next(iter(trainer.fit().values()))
+
+
+class Judge:
+    """A classifier of digits (N, 64) in [-1, 1] or as uint8 pictures, fitted here; its last 32 features are for measuring."""
+
+    def __init__(self, x: Tensor, labels: Tensor, seed: int, steps: int = 300) -> None:
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 32), nn.SiLU())
+        self.head = nn.Linear(32, 10)
+        optimizer = torch.optim.AdamW([*self.body.parameters(), *self.head.parameters()], lr=3e-3, weight_decay=0.1)
+        with torch.enable_grad():
+            for _ in range(steps):
+                optimizer.zero_grad()
+                F.cross_entropy(self.head(self.body(x + 0.2 * torch.randn_like(x))), labels).backward()
+                optimizer.step()
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 32)."""
+        return self.body(x.flatten(1) if x.is_floating_point() else x.flatten(1).float() / 127.5 - 1)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, 10)."""
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+    def accuracy(self, x: Tensor, labels: Tensor) -> float:
+        """The share of digits that are read as what they are."""
+        return float((self.logits(x).argmax(1) == labels).float().mean())

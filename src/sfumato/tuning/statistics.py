@@ -36,7 +36,8 @@ def estimate(
     """
     process = denoiser.process
     low, high = process.coef(1.0).lam, process.coef(0.0).lam
-    lams = torch.linspace(max(low, lam_min), min(high, lam_max), levels, dtype=torch.float64)
+    inside = (min(high, lam_max) - max(low, lam_min)) / (2 * max(levels, 1))  # differences must not leave the process
+    lams = torch.linspace(max(low + inside, lam_min), min(high - inside, lam_max), levels, dtype=torch.float64)
     if levels < 3 or not bool((lams.diff() > 0).all()) or len(data) < 2:
         raise InputError(
             f"{levels} levels of lambda from {lams[0]:.2f} to {lams[-1]:.2f} on {len(data)} data: >= 3 and >= 2"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sfumato import networks
 from sfumato.core import InputError
-from sfumato.pipeline import write_atomically
+from sfumato.files import write_atomically
 
 FOLDER = Path(__file__).parent / "models"
 

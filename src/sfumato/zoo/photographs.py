@@ -88,8 +88,7 @@ def build(out: Path) -> dict[str, Any]:
     """Write each photograph as WebP and ``card.json`` into ``out``; MissingExtra without scikit-image."""
     from PIL import Image
 
-    from sfumato.zoo.packages import write_atomically
-
+    from sfumato.files import write_atomically
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra("scikit-image", extra="science")

@@ -118,8 +118,8 @@ def main(name: str = "emoji-latent") -> None:
     """Score a bundled model, print the table and keep it in the model's card: ``python -m sfumato.zoo.score_emoji``."""
     import json
 
-    from sfumato.pipeline import find, load, write_atomically
-
+    from sfumato.files import write_atomically
+    from sfumato.pipeline import find, load
     table, ratios, _ = score(load(name))
     path = find(name) / "pipeline.json"
     description = json.loads(path.read_text())

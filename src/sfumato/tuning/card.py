@@ -1,0 +1,238 @@
+"""The sampler card: how to sample a model, what that was tuned on, and what it gained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import grids, solvers
+from sfumato.core import Denoiser, Grid, InputError, Solver
+from sfumato.files import write_atomically
+from sfumato.solvers.empirical import DPMSolverV3, EmpiricalStatistics
+from sfumato.solvers.scheduled import Scheduled, Subspace
+from sfumato.tuning.steps import planned
+
+FORMAT, STATISTICS = 1, ("lams", "l", "s", "b")
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """SHA-256, shortened, of a denoiser's law and of every tensor it holds: buffers, parameters, an oracle's numbers.
+
+    Guidance is not part of it: give the denoiser without.
+    """
+    digest = hashlib.sha256(repr(getattr(denoiser, "process", None)).encode())
+    digest.update(str(getattr(denoiser, "predicts", type(denoiser).__name__)).encode())
+    tensors = dict(denoiser.state_dict())
+    held = getattr(denoiser, "distribution", None)
+    tensors |= {k: v for k, v in vars(held).items() if isinstance(v, Tensor)} if held is not None else {}
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _scheduled(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> Solver:
+    return Scheduled(tuple(numbers["moves"]), numbers["free"])
+
+
+def _subspace(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> Solver:
+    rows, free = tensors["rows"].tolist(), numbers["free"]
+    cut = tuple(tuple(row[: i + 2 - free]) for i, row in enumerate(rows))
+    return Subspace(tuple(numbers["nodes"]), cut, numbers["form"], free)
+
+
+def _empirical(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> Solver:
+    statistics = EmpiricalStatistics(*(tensors[name] for name in STATISTICS))
+    return DPMSolverV3(statistics, **numbers)
+
+
+BUILDERS: dict[str, Callable[[dict[str, Any], Mapping[str, Tensor]], Solver]] = {
+    "scheduled": _scheduled,
+    "subspace": _subspace,
+    "dpm-solver-v3": _empirical,
+}
+"""How a solver comes out of a card: (its numbers, the card's tensors) -> Solver. Other names are made by the registry."""
+
+
+def described(solver: Solver | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(JSON values, tensors) from which :meth:`SamplerCard.solver` makes the solver again. A name or spec describes itself."""
+    if isinstance(solver, str):
+        return {"spec": solver}, {}
+    if isinstance(solver, Scheduled):
+        return {"name": "scheduled", **solver.spec()}, {}
+    if isinstance(solver, Subspace):
+        rows = torch.zeros(len(solver.rows), len(solver.rows) + 1, dtype=torch.float64)
+        for i, row in enumerate(solver.rows):
+            rows[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+        return {"name": "subspace", "nodes": list(solver.nodes), "form": solver.form, "free": solver.free}, {
+            "rows": rows
+        }
+    if isinstance(solver, DPMSolverV3) and solver.statistics is not None:
+        numbers = {name: getattr(solver, name) for name in ("order", "corrector", "taper")}
+        return {"name": "dpm-solver-v3", **numbers}, {name: getattr(solver.statistics, name) for name in STATISTICS}
+    raise InputError(
+        f"a card keeps a solver as a spec such as 'dpm-solver++(order=3)', not as a {type(solver).__name__}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerCard:
+    """One sampler of one model. It holds numbers only: JSON, and tensors where there are any.
+
+    made_by      the method: 'untuned' | 'usf' | 'olss' | 'subspace' | 'autodiffusion' | ...
+    description  of the solver, see :func:`described`
+    times        the very times to visit, or None with a spec of a grid in ``grid_spec``
+    nfe          denoiser calls an item
+    skips        for each step the blocks that are left out
+    tensors      coefficients, statistics, start tensors, by name
+    model, fingerprint, process, guidance   what it was tuned on
+    seeds        {'fitting', 'choosing', 'reporting'}: start noises; none is in two of them
+    seconds      that the tuning took
+    before, after  figures of the model's own sampler and of this one at ``nfe`` calls, on the reporting noises
+    rows         all that was compared
+    anyway       use it with any model: :meth:`unchecked`
+    """
+
+    made_by: str
+    description: Mapping[str, Any]
+    steps: int
+    nfe: float
+    times: tuple[float, ...] | None = None
+    grid_spec: str | None = None
+    skips: tuple[tuple[str, ...], ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    start: float = 1.0
+    stop: float = 0.0
+    model: str = ""
+    fingerprint: str = ""
+    process: str = ""
+    guidance: float | None = None
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    before: Mapping[str, Any] = field(default_factory=dict)
+    after: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    anyway: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.times is None) == (self.grid_spec is None):
+            raise InputError("a card names either its times or the spec of its grid, not both or neither")
+        if self.times is not None and len(self.times) != self.steps + 1:
+            raise InputError(f"{self.steps} steps visit {self.steps + 1} times, not {len(self.times)}")
+
+    def solver(self) -> Solver:
+        """The solver."""
+        numbers = dict(self.description)
+        if "spec" in numbers:
+            return solvers.registry.make(numbers["spec"])  # type: ignore[no-any-return]
+        name = numbers.pop("name")
+        try:
+            return BUILDERS[name](numbers, self.tensors) if name in BUILDERS else solvers.get(name, **numbers)
+        except KeyError as error:
+            raise InputError(f"this card's {name!r} solver lacks {error}: tune again") from error
+
+    def grid(self) -> Grid:
+        """The grid."""
+        return grids.fixed(self.times) if self.times is not None else grids.registry.make(self.grid_spec or "")
+
+    def prepared(self, denoiser: Denoiser) -> Denoiser:
+        """The (guided) denoiser as the card runs it: with the card's blocks left out."""
+        return planned(denoiser, self.skips)
+
+    def check(self, denoiser: nn.Module, guidance: float | None = None) -> None:
+        """Refuse another model or another guidance scale than the card was tuned on (InputError); ``unchecked`` accepts all."""
+        if self.anyway:
+            return
+        found = fingerprint(denoiser)
+        if self.fingerprint and found != self.fingerprint:
+            raise InputError(
+                f"this sampler card was tuned on {self.model or 'another model'} (fingerprint {self.fingerprint}), and this "
+                f"model's fingerprint is {found}: tune it, or use the card all the same with card.unchecked() or --force"
+            )
+        if guidance is not None and self.guidance is not None and guidance != self.guidance:
+            raise InputError(
+                f"this sampler card was tuned at guidance {self.guidance:g}, not {guidance:g}: tune at that scale, leave "
+                "guidance out, or use the card all the same with card.unchecked() or --force"
+            )
+
+    def unchecked(self) -> SamplerCard:
+        """The same card for any model and guidance."""
+        return replace(self, anyway=True)
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``NAME.json``, and ``NAME.safetensors`` beside it where there are tensors; each whole or not at all."""
+        from safetensors.torch import save
+
+        path = _json(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = self.record()
+        if self.tensors:
+            data = save({k: v.detach().cpu().contiguous().clone() for k, v in self.tensors.items()})
+            record["tensors"] = {
+                "file": path.with_suffix(".safetensors").name,
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+            write_atomically(path.with_suffix(".safetensors"), data)
+        write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        return path
+
+    def record(self) -> dict[str, Any]:
+        """All but the tensors, as JSON values."""
+        left_out = ("tensors", "anyway")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        return {"format": FORMAT, "kind": "sampler", **json.loads(json.dumps(values, default=list)), "tensors": None}
+
+    @staticmethod
+    def load(path: str | Path, anyway: bool = False) -> SamplerCard:
+        """Read a card. FileNotFoundError where there is none, InputError for a damaged or a foreign file."""
+        path = _json(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no sampler card {path}: `sfumato tune MODEL --out {path}` makes one")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record.pop("kind", None) != "sampler" or record.pop("format", None) != FORMAT:
+                raise InputError(f"{path} is no sampler card of format {FORMAT}: `sfumato tune` writes one")
+            tensors = _tensors(path, record.pop("tensors"))
+            record["times"] = None if record["times"] is None else tuple(record["times"])
+            record["skips"] = tuple(tuple(names) for names in record["skips"])
+            return SamplerCard(**record, tensors=tensors, anyway=anyway)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): tune again") from error
+
+    @staticmethod
+    def of(card: SamplerCard | str | Path) -> SamplerCard:
+        """The card itself, or the one in a file."""
+        return card if isinstance(card, SamplerCard) else SamplerCard.load(card)
+
+
+def _json(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".json":
+        raise InputError(f"{path}: a sampler card is a .json file (its tensors go beside it)")
+    return path
+
+
+def _tensors(path: Path, entry: Mapping[str, str] | None) -> dict[str, Tensor]:
+    if entry is None:
+        return {}
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    file = path.parent / Path(entry["file"]).name
+    try:
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise InputError(f"{file} is not what {path.name} was saved with: copy both files of a card together")
+        return load(data)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read ({error}): copy both files of a card together") from error

@@ -1,0 +1,284 @@
+"""AutoDiffusion: which few of many times to visit, and which blocks of the network to leave out at each of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.core import Context, Denoiser, InputError, Solver, Wrapper
+from sfumato.tuning.evolution import Evolution, Found
+from sfumato.tuning.target import Target
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Indices into a pool of times, rising from 0 (the noisiest), and for each step the blocks that are left out."""
+
+    indices: tuple[int, ...]
+    skips: tuple[tuple[str, ...], ...] = ()
+
+    def times(self, pool: Sequence[float], stop: float = 0.0) -> tuple[float, ...]:
+        """The times to visit, and the end."""
+        return (*(pool[i] for i in self.indices), stop)
+
+    def evaluations(self, blocks: int) -> int:
+        """Block evaluations of a run of a network of so many blocks."""
+        return blocks * len(self.indices) - sum(map(len, self.skips))
+
+
+@dataclass(frozen=True)
+class StepSpace:
+    """Subsets of ``count`` of ``pool`` times, the first time always among them (a run starts from pure noise, and a subset
+    that began later would be fed the wrong noise level), and skip lists of at most ``most`` of the named blocks a step.
+
+    rate     the probability with which each gene is redrawn
+    allowed  block evaluations of a run, at most: no other candidate is ever made
+    """
+
+    pool: int
+    count: int
+    blocks: tuple[str, ...] = ()
+    most: int = 0
+    rate: float = 0.1
+    allowed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= self.pool:
+            raise InputError(f"{self.count} steps of a pool of {self.pool} times: between 1 and {self.pool}")
+        if not 0 <= self.most <= len(self.blocks):
+            raise InputError(
+                f"at most {self.most} blocks left out of {len(self.blocks)}: between 0 and {len(self.blocks)}"
+            )
+
+    def even(self) -> Choice:
+        """Equally spaced in the pool: the DDIM grid."""
+        return Choice(tuple(round(i * self.pool / self.count) for i in range(self.count)), self._none())
+
+    def fits(self, one: Choice) -> bool:
+        """Whether it stays within the allowed block evaluations."""
+        return self.allowed is None or one.evaluations(len(self.blocks)) <= self.allowed
+
+    def fresh(self, draw: random.Random) -> Choice | None:
+        """Any subset, and skip lists of random length."""
+        rest = draw.sample(range(1, self.pool), self.count - 1)
+        made = Choice((0, *sorted(rest)), self._drawn(draw, 1.0, self._none()))
+        return made if self.fits(made) else None
+
+    def mutate(self, one: Choice, draw: random.Random) -> Choice | None:
+        """Each gene is replaced by an unused time with probability ``rate``; skip lists are redrawn as often."""
+        kept = [i for i in one.indices[1:] if draw.random() >= self.rate]
+        unused = [i for i in range(1, self.pool) if i not in one.indices]
+        fill = self.count - 1 - len(kept)
+        if fill > len(unused):
+            return None
+        made = Choice((0, *sorted([*kept, *draw.sample(unused, fill)])), self._drawn(draw, self.rate, one.skips))
+        return made if made != one and self.fits(made) else None
+
+    def nudge(self, one: Choice, draw: random.Random) -> Choice | None:
+        """Some times move to a nearby unused one (ours: near the optimum uniform redraws seldom help)."""
+        indices = list(one.indices)
+        for i in range(1, self.count):
+            if draw.random() < max(self.rate, 1 / self.count):
+                indices[i] += draw.choice((-1, 1)) * draw.randint(1, max(1, self.pool // (8 * self.count)))
+        if len(set(indices)) < self.count or min(indices[1:], default=1) < 1 or max(indices) >= self.pool:
+            return None
+        made = Choice(tuple(sorted(indices)), self._drawn(draw, self.rate, one.skips))
+        return made if made != one and self.fits(made) else None
+
+    def cross(self, one: Choice, other: Choice, draw: random.Random) -> Choice | None:
+        """A coin flip a gene between the sorted parents; duplicates are replaced by unused times."""
+        genes = {draw.choice(pair) for pair in zip(one.indices, other.indices, strict=True)} | {0}
+        unused = [i for i in range(1, self.pool) if i not in genes]
+        genes |= set(draw.sample(unused, self.count - len(genes)))
+        skips = tuple(draw.choice(pair) for pair in zip(one.skips, other.skips, strict=True))
+        made = Choice(tuple(sorted(genes)), skips)
+        return made if made not in (one, other) and self.fits(made) else None
+
+    def _none(self) -> tuple[tuple[str, ...], ...]:
+        return ((),) * self.count if self.most else ()
+
+    def _drawn(
+        self, draw: random.Random, rate: float, skips: tuple[tuple[str, ...], ...]
+    ) -> tuple[tuple[str, ...], ...]:
+        return tuple(
+            tuple(sorted(draw.sample(self.blocks, draw.randint(0, self.most)))) if draw.random() < rate else kept
+            for kept in skips
+        )
+
+
+def evolve(
+    fitness: Callable[[Choice], float],
+    space: StepSpace,
+    *,
+    budget: int = 200,
+    population: int = 50,
+    start: Sequence[Choice] = (),
+    nudges: bool = False,
+    seed: int = 0,
+    told: Callable[[int, int, float], None] | None = None,
+) -> Found[Choice]:
+    """The published evolution: the even grid, half a population of random subsets and mutations of the even grid first;
+    then each generation is half mutants of the ten best, a fifth crosses of them, and the rest random.
+
+    ``start`` adds known candidates, ``nudges`` lets half of the mutants move to nearby times instead (ours).
+    Source: Li, Li, Zheng, Wang, Wang, Zhang, Jia, Jin, Liu, 2023, "AutoDiffusion: Training-Free Optimization of Time Steps and
+    Architectures for Automated Diffusion Model Acceleration".
+    """
+    draw = random.Random(seed)
+    even = space.even()
+
+    def mutate(one: Choice, source: random.Random) -> Choice | None:
+        return (space.nudge if nudges and source.random() < 0.5 else space.mutate)(one, source)
+
+    first: list[Choice | None] = [*start, even, *(space.fresh(draw) for _ in range(population // 2))]
+    first += [mutate(even, draw) for _ in range(population - population // 2 - 1)]
+    known = [c for c in first if c is not None and space.fits(c)]
+    evolution = Evolution(
+        mutate, space.cross, space.fresh, population=population, parents=min(10, population), mutants=population // 2,
+        crossed=population // 5,
+    )  # fmt: skip
+    return evolution.run(fitness, known[:budget], budget=budget, seed=seed, told=told)
+
+
+def steps(
+    target: Target,
+    solver: Solver,
+    count: int,
+    *,
+    pool: Sequence[float] | None = None,
+    blocks: Sequence[str] = (),
+    most: int = 0,
+    rehearsals: int = 0,
+    start: Sequence[Choice] = (),
+    seed: int = 0,
+    **options: Any,
+) -> Found[Choice]:
+    """Evolve ``count`` of the ``pool`` of times (default: 250, even in t) for a solver on a target; see :func:`evolve`.
+
+    blocks, most  submodules that a step may leave out, and how many at most
+    rehearsals    candidates that are evolved on the replay of the target first, without calling the network (ours; only
+                  without blocks, which a replay knows nothing of)
+    """
+    if rehearsals and most:
+        raise InputError("a replay cannot foretell what leaving blocks out does: rehearsals=0 with most > 0")
+    times = uniform_pool(target) if pool is None else pool
+    space = StepSpace(len(times), count, tuple(blocks), most)
+
+    def fitness(one: Choice) -> float:
+        denoiser = Skipping(target.denoiser, one.skips) if one.skips else None
+        return target.score(target.errors(solver, one.times(times, target.times[-1]), denoiser))
+
+    if rehearsals:
+        replay = target.replay()
+        first = evolve(
+            lambda one: replay.error(solver, one.times(times, target.times[-1])), space, budget=rehearsals, start=start,
+            nudges=True, seed=seed,
+        )  # fmt: skip
+        start = [*start, *(one for one, _ in first.ranked[:8])]
+    return evolve(fitness, space, start=start, seed=seed, **options)
+
+
+def joint(
+    fitness: Callable[[Choice], float],
+    pool: int,
+    count: int,
+    blocks: Sequence[str],
+    allowed: int,
+    *,
+    budget: int = 60,
+    population: int = 16,
+    seed: int = 0,
+) -> Found[Choice]:
+    """The two stages: times with whole networks on a quarter of the budget, then times and skip lists together, with at most
+    ``allowed`` block evaluations a run.
+
+    The second stage starts from the best times with each block left out at as many steps as it takes, last steps first and
+    first steps first. Raises InputError where leaving one block out at every step is not enough.
+    """
+    out = count * len(blocks) - allowed
+    if not 0 < out <= count * (len(blocks) - 1):
+        raise InputError(f"{allowed} block evaluations of {count * len(blocks)}: fewer than all, at least one a step")
+    each = -(-out // count)  # blocks left out a step, where all steps share the saving
+    stage = max(budget // 4, 1)
+    times = evolve(fitness, StepSpace(pool, count), budget=stage, population=min(population, stage), seed=seed).best
+    draw, start = random.Random(seed), []
+    for _ in range(population):
+        chosen = draw.sample(list(blocks), each)
+        order = draw.choice((range(count), range(count - 1, -1, -1)))
+        lists: list[tuple[str, ...]] = [()] * count
+        left = out
+        for i in order:
+            lists[i] = tuple(sorted(chosen[: min(each, left)]))
+            left -= len(lists[i])
+        start.append(Choice(times.indices, tuple(lists)))
+    space = StepSpace(pool, count, tuple(blocks), min(len(blocks), each + 1), 0.25, allowed)
+    return evolve(fitness, space, budget=max(budget - stage, 1), population=population, start=start, seed=seed)
+
+
+def uniform_pool(target: Target, n: int = 250) -> tuple[float, ...]:
+    """n times even in t from the target's start, its end excluded."""
+    a, b = target.times[0], target.times[-1]
+    return tuple(a + (b - a) * i / n for i in range(n))
+
+
+class Skipping(Wrapper):
+    """Leaves named blocks out: step i of a run calls the network with ``plan[i]`` replaced by their own input.
+
+    Blocks must keep shapes (residual blocks: what stays is the shortcut); :func:`skippable` lists a network's. Steps beyond
+    the plan are whole.
+    """
+
+    def __init__(self, inner: Denoiser, plan: Sequence[Sequence[str]]) -> None:
+        super().__init__(inner)
+        self.plan = tuple(tuple(names) for names in plan)
+
+    def forward(self, x: Any, t: Any, ctx: Context) -> Any:
+        names = self.plan[ctx.run.step] if ctx.run.step < len(self.plan) else ()
+        return self.inner(x, t, ctx.fork(taps=[(name, _skip) for name in names]) if names else ctx)
+
+
+def _skip(ctx: Context, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
+
+
+def skippable(
+    net: nn.Module, run: Callable[[], Any], kinds: Sequence[str] = ("ResidualBlock", "ImageAttention", "Block")
+) -> list[str]:
+    """Paths of the blocks of these classes whose output has the shape of their first input, as seen while ``run`` calls the
+    network once. Raises InputError where there is none."""
+    legal: list[str] = []
+    hooks = []
+    for name, module in net.named_modules():
+        if any(base.__name__ in kinds for base in type(module).__mro__):
+
+            def look(module: nn.Module, given: tuple[Any, ...], out: Any, name: str = name) -> None:
+                if given and isinstance(out, Tensor) and isinstance(given[0], Tensor) and out.shape == given[0].shape:
+                    legal.append(name)
+
+            hooks.append(module.register_forward_hook(look))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not legal:
+        raise InputError(
+            f"no block of {type(net).__name__} is a {' or '.join(kinds)} that keeps its input's shape: name its classes in kinds="
+        )
+    return sorted(set(legal))
+
+
+def planned(denoiser: Denoiser, plan: Sequence[Sequence[str]]) -> Denoiser:
+    """The denoiser with a skip plan, or itself where nothing is left out."""
+    return Skipping(denoiser, plan) if any(plan) else denoiser
+
+
+def plan_of(choice: Choice) -> Mapping[int, tuple[str, ...]]:
+    """The steps at which blocks are left out, and which."""
+    return {i: names for i, names in enumerate(choice.skips) if names}

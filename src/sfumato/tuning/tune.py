@@ -1,0 +1,362 @@
+"""``sf.tune``: the best sampler of a number of calls for one model, told apart on noise that no method was fitted to."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato import grids, solvers
+from sfumato.core import Denoiser, InputError, Solver, Wrap, mix
+from sfumato.solvers.empirical import DPMSolverV3
+from sfumato.tuning import search, statistics, steps, subspace
+from sfumato.tuning.card import SamplerCard, described, fingerprint
+from sfumato.tuning.target import Target, aim
+
+METHODS = ("auto", "untuned", "dpm-solver-v3", "usf", "olss", "subspace", "autodiffusion")
+GRIDS = ("arctan", "logsnr", "uniform", "quadratic", "karras", "quadratic(power=1.5)", "quadratic(power=3.0)")
+EXTRA = (
+    "dpm-solver++(order=3)", "dpm-solver++(order=2, variable='angle', corrector=True)",
+    "dpm-solver++(order=3, variable='angle', corrector=True)", "dpm-solver++(order=3, form='v', variable='angle')",
+    "dpm-solver++(order=2, form='noise')", "dpm-solver++(order=3, form='noise')",
+)  # fmt: skip
+Told = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sampler in the comparison; ``solver_spec`` where a name makes it."""
+
+    method: str
+    name: str
+    solver: Solver
+    times: tuple[float, ...]
+    skips: tuple[tuple[str, ...], ...] = ()
+    solver_spec: str | None = None
+    grid_spec: str | None = None
+
+    def denoiser(self, target: Target) -> Denoiser:
+        """The target's denoiser, with blocks left out where this says so."""
+        return steps.planned(target.denoiser, self.skips)
+
+
+def tune(
+    pipeline: Any,
+    nfe: int = 10,
+    method: str = "auto",
+    *,
+    shape: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
+    items: int = 24,
+    unseen: int = 64,
+    fine: int = 64,
+    budget: int = 60,
+    rehearsals: int = 1500,
+    seed: int = 0,
+    model: str = "",
+    told: Told | None = None,
+) -> SamplerCard:
+    """The sampler of ``nfe`` calls whose ends are nearest to those of the same model's fine solution.
+
+    pipeline   a Pipeline, or a Denoiser with ``shape`` = (*), the event's shape
+    method     'untuned' (registered solvers on grids), 'dpm-solver-v3' (with measured statistics), 'usf' (a schedule of strategies), 'olss' (optimal linear subspace, as
+               published), 'subspace' (the same fitted to its own states, on evolved times), 'autodiffusion' (evolved times for
+               the pipeline's solver), or 'auto': all of them
+    prompts    what the model is told meanwhile (default: its classes or its table of captions, in turn)
+    cond       raw conditions of a pipeline, or the tensors (n, *) of a Denoiser, whose rows are repeated
+    guidance   the scale (default: the pipeline's); another scale wants another card
+    items      starts to fit on, and as many others to choose on; ``unseen`` further ones for the figures that are reported
+    fine       calls of the fine solution
+    budget     true evaluations of each search; ``rehearsals`` further ones on a replay, without the network
+    seed       fitting, choosing and reporting noise are streams of mix(seed, 1), mix(seed, 2) and mix(seed, 3)
+    told       hears {'stage', 'done', 'total', 'best', 'rows'} as it goes
+
+    The score is the mean over items of the root mean square error, an item counting no more than the data's own scale. A
+    sampler of stochastic steps has no trajectory to compare, so none is considered. Deterministic by seed. Raises InputError
+    for an unknown method, or too few calls.
+    """
+    if method not in METHODS:
+        raise InputError(f"method = {method!r}: one of {', '.join(METHODS)}")
+    if not (isinstance(nfe, int) and 1 <= nfe < fine):
+        raise InputError(f"nfe = {nfe}: a whole number of calls, at least 1 and fewer than the fine solution's {fine}")
+    if items < 2 or unseen < 2:
+        raise InputError(f"items = {items} and unseen = {unseen}: at least two each")
+    began, denoiser, seeds = time.perf_counter(), _guided(pipeline, guidance), {}
+    if isinstance(pipeline, Denoiser):
+        if shape is None:
+            raise InputError("to tune a Denoiser give the shape of one item, shape=(channels, height, width)")
+    else:
+        shape = pipeline.codec.shape(*pipeline.size)
+
+    def target(part: int, role: str, n: int) -> Target:
+        seeds[role] = mix(seed, part)
+        given = _conditions(pipeline, n, prompts, cond, mix(seed, part))
+        return aim(denoiser, (n, *shape), seed=seeds[role], cond=given, steps=fine)
+
+    watch = _Watch(told)
+    watch("the fine solution", 0, 2)
+    fitting, choosing = target(1, "fitting", items), target(2, "choosing", items)
+    own = _own(pipeline, fitting, nfe)
+    found = {"default": own} if own is not None else {}
+    chosen = METHODS[1:] if method == "auto" else ("untuned", method) if method != "untuned" else (method,)
+    for name in chosen:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of collinear readings: the choice on other noise tells
+            for entry in FINDERS[name](fitting, nfe, own, budget, rehearsals, seed, watch):
+                figures = _figures(choosing, entry)
+                watch.row(entry, figures)
+                if name not in found or figures["score"] < watch.scores[found[name]]:
+                    found[name] = entry
+    eligible = [e for key, e in found.items() if method == "auto" or key in (method, "default")]
+    for entry in found.values():
+        if entry not in watch.scores:
+            watch.row(entry, _figures(choosing, entry))
+    best = min(eligible, key=lambda e: watch.scores[e])
+    watch("figures on unseen noise", 0, 1)
+    reporting = target(3, "reporting", unseen)
+    rows = [
+        {"method": key, "sampler": e.name, "nfe": _calls(e), "chosen": e is best, **_figures(reporting, e)}
+        for key, e in found.items()
+    ]
+    watch.final(rows)
+    after = next(r for r in rows if r["chosen"])
+    before = next((r for r in rows if r["method"] == "default"), next(r for r in rows if r["method"] == "untuned"))
+    bare = pipeline if isinstance(pipeline, Denoiser) else pipeline.denoiser
+    scale = guidance if guidance is not None else getattr(pipeline, "guidance", None)
+    description, tensors = described(best.solver_spec or best.solver)
+    return SamplerCard(
+        made_by=after["method"], description=description, steps=len(best.times) - 1, nfe=_calls(best),
+        times=None if best.grid_spec else best.times, grid_spec=best.grid_spec, skips=best.skips, tensors=tensors,
+        model=model, fingerprint=fingerprint(bare), process=repr(denoiser.process),
+        guidance=float(scale) if isinstance(scale, (int, float)) else None, seeds=seeds,
+        seconds=round(time.perf_counter() - began, 2), before=before, after=after, rows=rows,
+    )  # fmt: skip
+
+
+class _Watch:
+    """Keeps the scores on the choosing noise and tells a listener."""
+
+    def __init__(self, told: Told | None) -> None:
+        self.told, self.rows, self.scores = told, list[dict[str, Any]](), dict[Entry, float]()
+
+    def __call__(self, stage: str, done: int, total: int, best: float | None = None) -> None:
+        if self.told is not None:
+            self.told({"stage": stage, "done": done, "total": total, "best": best, "rows": list(self.rows)})
+
+    def row(self, entry: Entry, figures: Mapping[str, Any]) -> None:
+        self.scores[entry] = figures["score"]
+        self.rows.append({"method": entry.method, "sampler": entry.name, "choosing": figures["score"]})
+        self(entry.method, 1, 1, figures["score"])
+
+    def final(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = [dict(r) for r in rows]
+        self("done", 1, 1)
+
+    def stage(self, name: str) -> Callable[[int, int, float], None]:
+        """Progress of one search."""
+        return lambda done, total, best: self(name, done, total, best)
+
+
+def _untuned(
+    target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
+) -> Iterator[Entry]:
+    """Registered solvers on grids: ranked by the replay, the first dozen truly evaluated, the best three offered."""
+    replay, ranked = target.replay(), []
+    for spec in (*solvers.names(), *EXTRA):
+        solver = solvers.registry.make(spec)
+        inner = solver
+        while isinstance(inner, Wrap) and type(inner).times is Wrap.times:
+            inner = inner.inner
+        if solver.stochastic or not math.isfinite(solver.nfe) or type(inner).times is not Solver.times:
+            continue
+        for grid in GRIDS:
+            entry = _counted(target, spec, solver, grid, nfe)
+            if entry is not None:
+                ranked.append((replay.error(entry.solver, entry.times), entry))
+    ranked.sort(key=lambda pair: pair[0])
+    scored = []
+    for i, (foretold, entry) in enumerate(ranked[:12]):
+        if math.isfinite(foretold):
+            scored.append((target.score(target.errors(entry.solver, entry.times)), i, entry))
+            watch("untuned", i + 1, 12, min(scored)[0])
+    yield from (entry for _, _, entry in sorted(scored, key=lambda s: s[:2])[:3])
+
+
+def _counted(target: Target, spec: str, solver: Solver, grid: str, nfe: int) -> Entry | None:
+    """A solver on a grid with as many steps as ``nfe`` calls allow, or None where it cannot run here."""
+    count = max(1, math.floor(nfe / solver.nfe))
+    for steps_ in (count + 1, count):
+        try:
+            times = tuple(grids.registry.make(grid)(target.process, steps_, target.times[0], target.times[-1]).tolist())
+            entry = Entry("untuned", f"{spec} on {grid}", solver, times, (), spec, grid)
+            if _calls_of(target, entry) <= nfe:
+                return entry
+        except (InputError, ZeroDivisionError, OverflowError):
+            continue
+    return None
+
+
+def _calls_of(target: Target, entry: Entry) -> float:
+    from sfumato.core import Context, sample
+
+    replay = target.replay()
+    ctx = Context.of(1, None, dtype=torch.float64)
+    sample(replay, entry.solver, grids.fixed(entry.times), len(entry.times) - 1, x=replay.start(), ctx=ctx,
+           start=entry.times[0], stop=entry.times[-1])  # fmt: skip
+    return ctx.run.nfe
+
+
+def _empirical(
+    target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
+) -> Iterator[Entry]:
+    """DPM-Solver-v3 with statistics of the model on its own fine ends, noised again; the best of its orders and grids."""
+    measured = statistics.estimate(
+        target.denoiser, target.ends, levels=40, probes=1, cond=target.cond, seed=mix(seed, 4)
+    )
+    scored: list[tuple[float, Entry]] = []
+    for order in (2, 3):
+        solver = DPMSolverV3(measured, order)
+        for grid in GRIDS[:4]:
+            times = tuple(grids.get(grid)(target.process, nfe, target.times[0], target.times[-1]).tolist())
+            entry = Entry("dpm-solver-v3", f"order {order} on {grid}", solver, times)
+            scored.append((target.score(target.errors(solver, times)), entry))
+            watch("dpm-solver-v3", len(scored), 8, min(score for score, _ in scored))
+    yield min(scored, key=lambda pair: pair[0])[1]
+
+
+def _usf(
+    target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
+) -> Iterator[Entry]:
+    found = search.strategies(target, nfe, budget=budget, rehearsals=rehearsals, seed=seed, told=watch.stage("usf"))
+    for one, value in found.ranked[:3]:
+        if math.isfinite(value):
+            yield Entry("usf", f"schedule of {len(one.moves)} strategies", one.solver, one.times)
+
+
+def _olss(
+    target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
+) -> Iterator[Entry]:
+    for form in ("noise", "data", "v"):
+        try:
+            made = subspace.fit(target, nfe, form=form)
+        except InputError:
+            continue  # this model does not say this reading at the first time
+        yield Entry("olss", f"linear subspace, {form!r} readings", made.solver, made.times)
+
+
+def _subspace(
+    target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
+) -> Iterator[Entry]:
+    for free in (False, True):
+        found = subspace.evolved(
+            target,
+            nfe,
+            free=free,
+            budget=max(budget // 4, 1),
+            rehearsals=rehearsals // 3,
+            seed=seed,
+            told=watch.stage("subspace"),
+        )
+        yield Entry(
+            "subspace", "linear subspace on evolved times" + ", first step free" * free, found.solver, found.times
+        )
+
+
+def _autodiffusion(
+    target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
+) -> Iterator[Entry]:
+    spec = own.solver_spec if own is not None and own.solver_spec else "ddim"
+    solver = solvers.registry.make(spec)
+    if solver.stochastic or solver.nfe != 1:
+        spec, solver = "dpm-solver++", solvers.get("dpm-solver++")
+    pool = steps.uniform_pool(target)
+    found = steps.steps(target, solver, nfe, pool=pool, budget=max(budget // 2, 1), rehearsals=rehearsals // 2,
+                        population=min(12, budget), seed=seed, nudges=True,
+                        told=watch.stage("autodiffusion"))  # fmt: skip
+    yield Entry("autodiffusion", f"{spec} on evolved times", solver, found.best.times(pool, target.times[-1]), (), spec)
+
+
+FINDERS = {
+    "untuned": _untuned,
+    "dpm-solver-v3": _empirical,
+    "usf": _usf,
+    "olss": _olss,
+    "subspace": _subspace,
+    "autodiffusion": _autodiffusion,
+}
+
+
+def _own(pipeline: Any, target: Target, nfe: int) -> Entry | None:
+    """The pipeline's own sampler at this number of calls, or None where it draws noise or is no pipeline's."""
+    spec, grid = getattr(pipeline, "solver", None), getattr(pipeline, "grid", None)
+    if not (isinstance(spec, str) and isinstance(grid, str)) or solvers.registry.make(spec).stochastic:
+        return None
+    entry = _counted(target, spec, solvers.registry.make(spec), grid, nfe)
+    return None if entry is None else replace(entry, method="default")
+
+
+def _figures(target: Target, entry: Entry) -> dict[str, Any]:
+    """Score, median with its 95% interval, and rms of the errors."""
+    errors = target.errors(entry.solver, entry.times, entry.denoiser(target))
+    low, high = _median_interval(errors)
+    finite = errors.clamp(max=1e6)
+    return {
+        "score": target.score(errors), "median": float(finite.median()), "interval": [low, high],
+        "rms": float(finite.square().mean().sqrt()), "n": len(errors),
+    }  # fmt: skip
+
+
+def _median_interval(values: Tensor) -> tuple[float, float]:
+    """The order statistics that enclose the median with probability 0.95 (normal approximation of the binomial)."""
+    ordered, n = values.clamp(max=1e6).sort().values, len(values)
+    half = 0.98 * math.sqrt(n)
+    low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half))
+    return float(ordered[low]), float(ordered[high])
+
+
+def _calls(entry: Entry) -> int:
+    solver = entry.solver
+    return (
+        solver.calls(len(entry.times) - 1) if hasattr(solver, "calls") else round(solver.nfe * (len(entry.times) - 1))
+    )
+
+
+def _guided(pipeline: Any, guidance: float | None) -> Denoiser:
+    if isinstance(pipeline, Denoiser):
+        if guidance is not None:
+            raise InputError("wrap a Denoiser in its guidance before tuning it: sf.guidance.cfg(scale)(denoiser)")
+        return pipeline.eval()
+    pipeline.denoiser.eval()
+    return pipeline.guided(guidance)  # type: ignore[no-any-return]
+
+
+def _conditions(
+    pipeline: Any, n: int, prompts: Sequence[str] | None, cond: Mapping[str, Any] | None, seed: int
+) -> dict[str, Any]:
+    """What n items are told: rows of a Denoiser's conditions in turn; a pipeline's prompts in an order drawn by the seed."""
+    if isinstance(pipeline, Denoiser):
+        turn = {k: [i % len(v) for i in range(n)] for k, v in (cond or {}).items() if isinstance(v, Tensor)}
+        return {k: v[turn[k]] if k in turn else v for k, v in (cond or {}).items()}
+    heard = list(prompts) if prompts is not None else _vocabulary(pipeline.conditioner)
+    if heard:
+        random.Random(seed).shuffle(heard)
+        heard = [heard[i % len(heard)] for i in range(n)]
+    return pipeline.conditions(n, heard or None, **(cond or {}))  # type: ignore[no-any-return]
+
+
+def _vocabulary(conditioner: Any) -> list[str]:
+    """What a conditioner knows by name: its table of captions, or its first classes."""
+    if getattr(conditioner, "table", None):
+        return list(conditioner.encoder.captions)
+    if conditioner.name == "classes":
+        return list(next(iter(conditioner.classes.values())))
+    return []
