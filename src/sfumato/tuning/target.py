@@ -59,6 +59,8 @@ class Target:
         out: list[Any] = []
         for rows in _parts(len(self.x), self.batch):
             ctx = _context(self.x[rows], self.cond, rows)
+            if solver.stochastic:
+                ctx.rng = Streams.of(0, len(self.x)).select(rows)
             x = linear(1.0, self.x[rows], 1.0, self.process.anchor(times[0], ctx.cond))
             chosen = denoiser or self.denoiser
             for st in core.trajectory(chosen, solver, grids.fixed(times), len(times) - 1, x=x, ctx=ctx,

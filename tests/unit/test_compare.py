@@ -1,0 +1,74 @@
+"""``sf.compare``: figures against a known truth, fronts, refusals."""
+
+from __future__ import annotations
+
+import pytest
+
+import sfumato as sf
+from sfumato.core import InputError
+from sfumato.evaluation.compare import compare, picture
+
+
+def denoiser() -> sf.core.Denoiser:
+    return sf.oracles.GaussianMixture([[-1.0, 0.5], [1.0, 0.0], [0.2, -1.2]], [0.2, 0.3, 0.25]).denoiser(
+        sf.processes.VP()
+    )
+
+
+def test_errors_fall_with_calls_and_the_front_holds_what_nothing_beats() -> None:
+    table = compare(denoiser(), solvers=["ddim", "arc", "heun", "ddpm"], nfe=[4, 16], n=16, shape=(2,), fine=64)
+    rows = list(table)
+    assert len(rows) == 8 and [r["calls"] for r in rows] == sorted(r["calls"] for r in rows)
+    by = {(r["solver"], round(r["calls"])): r for r in rows}
+    for name in ("ddim", "arc"):
+        assert by[name, 16]["error"]["value"] < by[name, 4]["error"]["value"]
+    assert by["arc", 16]["error"]["value"] < by["ddim", 16]["error"]["value"]
+    assert by["heun", 15]["error"]["low"] <= by["heun", 15]["error"]["value"] <= by["heun", 15]["error"]["high"]
+    assert "error" not in by["ddpm", 16] and by["ddpm", 16]["distance"] > 0, "a stochastic run has no end to compare"
+    for cost in ("calls", "seconds"):
+        front = [r for r in rows if r["front"] in (cost, "both")]
+        assert front
+        for row in front:
+            rivals = [r for r in rows if "error" in r and r is not row and r[cost] <= row[cost]]
+            assert all(r["error"]["value"] > row["error"]["value"] or r[cost] == row[cost] for r in rivals)
+
+
+def test_what_a_solver_refuses_is_a_row_and_equal_arguments_give_equal_figures() -> None:
+    options = {"solvers": ["pndm"], "grids": ["karras", None], "nfe": [8], "n": 8, "shape": (2,), "fine": 32, "seed": 3}
+    table = compare(denoiser(), **options)
+    refused, kept = sorted(table, key=lambda r: "error" in r)
+    assert "equally spaced" in refused["refused"] and refused["grid"] == "karras"
+    assert kept["grid"] == "uniform" and kept["error"]["n"] == 8
+    again = [r for r in compare(denoiser(), **options) if "error" in r]
+    assert again[0]["error"] == kept["error"] and again[0]["distance"] == kept["distance"]
+
+
+def test_a_tuned_card_is_a_row_of_its_own_and_another_model_refuses_it() -> None:
+    card = sf.tune(denoiser(), nfe=4, method="untuned", shape=(2,), items=8, unseen=8, fine=32, budget=4, rehearsals=20)
+    table = compare(denoiser(), solvers=["ddim"], nfe=[4], samplers=[card], n=12, shape=(2,), fine=48)
+    ours = next(r for r in table if r["solver"].startswith("card"))
+    assert (
+        ours["calls"] <= 4
+        and ours["error"]["value"] <= next(r for r in table if r["solver"] == "ddim")["error"]["value"]
+    )
+    other = sf.oracles.GaussianMixture([[0.0, 0.0], [1.0, 1.0]], [0.2, 0.2]).denoiser(sf.processes.VP())
+    assert "fingerprint" in next(iter(compare(other, solvers=[], nfe=[4], samplers=[card], n=8, shape=(2,))))["refused"]
+
+
+def test_the_picture_shows_every_sampler_and_bad_arguments_are_refused() -> None:
+    table = compare(denoiser(), solvers=["ddim", "arc"], nfe=[4, 8], n=8, shape=(2,), fine=32)
+    image = picture(table)
+    assert min(image.size) > 300 and len(image.getcolors(1 << 20)) > 50
+    for wrong in ({"n": 4}, {"nfe": []}, {"nfe": [0]}, {"fine": 1}):
+        with pytest.raises(InputError):
+            compare(denoiser(), **({"shape": (2,), "n": 8} | wrong))
+    with pytest.raises(InputError, match="shape="):
+        compare(denoiser(), n=8)
+
+
+def test_citations_name_the_systems_of_a_pipeline_a_recipe_and_a_slug() -> None:
+    text = sf.cite(sf.load("digits"), "dpm-ot")
+    assert text.count("@") == 3 and "sfumato" in text and "DPM-Solver++" in text and "DPM-OT" in text
+    assert sf.cite("dpm-ot", "dpm-ot").count("@") == 2
+    with pytest.raises(sf.SfumatoError, match="sfumato papers"):
+        sf.cite("nothing-like-it")
