@@ -10,7 +10,7 @@ from sfumato import codecs, conditioners
 from sfumato.core import InputError
 from sfumato.pipeline import Pipeline
 from sfumato.training import Trainer
-from sfumato.zoo import captions, emoji, make_digits, make_emoji
+from sfumato.zoo import captions, emoji, make_digits, make_emoji, make_latent_study, make_medical
 from sfumato.zoo.encoders import save_encoder
 
 MAKERS: dict[str, Callable[..., Trainer]] = {
@@ -20,8 +20,17 @@ MAKERS: dict[str, Callable[..., Trainer]] = {
     "emoji-judge": make_emoji.make_judge,
     "emoji-autoencoder": make_emoji.make_autoencoder,
     "emoji-latent": make_emoji.make_latent,
+    "medical": make_medical.make_medical,
+    "medical-regressor": make_medical.make_regressor,
+    "medical-autoencoder": make_medical.make_autoencoder,
+    **make_latent_study.MAKERS,
 }
 LICENCES = {
+    "medical": (
+        "32-pixel patches of Colin27 (mricron-data); ICBM152 (nilearn) is unseen",
+        "Apache-2.0; trained on Colin27, (C) McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill "
+        "University: to use, copy, modify and distribute for any purpose and without fee, with this notice",
+    ),
     "digits": ("scikit-learn digits, training split", "Apache-2.0; trained on scikit-learn's digits (BSD-3-Clause)"),
     "emoji": (
         "bundled emoji, training split (see the emoji data card)",
@@ -50,10 +59,12 @@ def trained(name: str, run: Path) -> tuple[Any, dict[str, Any]]:
 def export(name: str, run: Path, out: Path) -> Path:
     """Write the model of a training as it is bundled: half-precision weights, JSON and card."""
     player, facts = trained(name, run)
-    if name in ("emoji-encoder", "emoji-judge"):
+    if name in ("emoji-encoder", "emoji-judge", "medical-regressor", "medical-autoencoder"):
         save_encoder(player, out, facts)
         return out
     vendors = conditioners.Text(captions.TOKENS, {"vendor": list(emoji.VENDORS)}, table=captions.TABLE)
+    if name == "medical":
+        return make_medical.bundle(player, facts).save(out)
     if name == "digits":
         return make_digits.bundle(player, facts).save(out)
     if name == "emoji-pixel":
@@ -62,6 +73,12 @@ def export(name: str, run: Path, out: Path) -> Path:
         codec = make_emoji.latent_codec(run.parent / "emoji-autoencoder")
         facts["codec"] = trained("emoji-autoencoder", run.parent / "emoji-autoencoder")[1]
         return Pipeline(player, codec, vendors, (64, 64), steps=20, guidance=3.0, card=facts).save(out)
+    if name.startswith("emoji-study-f"):
+        factor = int(name.removeprefix("emoji-study-f"))
+        if factor > 1:
+            codec_name = f"emoji-study-codec-f{factor}"
+            facts["codec"] = trained(codec_name, run.parent / codec_name)[1]
+        return make_latent_study.bundle(player, facts, run, factor).save(out)
     raise InputError(f"{name!r} is a part of another model and is not bundled by itself")
 
 
