@@ -215,7 +215,7 @@ def find(name_or_path: str | Path) -> Path:
 
 def bundled() -> list[str]:
     """Names of the models that came with the installation."""
-    return sorted(p.parent.name for p in ZOO.glob("*/pipeline.json"))
+    return sorted(p.parent.relative_to(ZOO).as_posix() for p in ZOO.glob("**/pipeline.json"))
 
 
 def _fill(modules: Mapping[str, torch.nn.Module], path: Path) -> None:

@@ -23,6 +23,6 @@ def test_every_snippet_runs(tmp_path, monkeypatch, capsys):
     names: dict = {"__name__": "docs"}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)  # noqa: S102
-    trip = float(re.search(r"round trip: (\S+)", capsys.readouterr().out)[1])
-    assert trip < 1e-2
+    assert re.search(r"before: [0-9.]+", capsys.readouterr().out)
+    assert names["tuned"].shape == (1, 3, 16, 16)
     assert names["images"].shape == (2, 3, 16, 16)

@@ -30,10 +30,10 @@ def listing() -> Answer:
     from sfumato.zoo import sets
 
     models = []
-    for path in sorted([*ZOO.glob("*/pipeline.json"), *ZOO.glob("*/encoder.json")]):
+    for path in sorted([*ZOO.glob("**/pipeline.json"), *ZOO.glob("*/encoder.json")]):
         about = json.loads(path.read_text("utf-8"))["card"]
         facts = {
-            "name": path.parent.name,
+            "name": path.parent.relative_to(ZOO).as_posix(),
             "kind": path.stem,
             "made_by": about.get("made by"),
             "data": about.get("data"),
