@@ -12,9 +12,11 @@ from torch import Tensor, nn
 import sfumato as sf
 from sfumato.analysis.fokker_planck import Tabulated, ode_sde_gap, score_residual, wasserstein2
 from sfumato.core import Context, Denoiser, InputError, Posterior
+from sfumato.denoisers import Potential
 from sfumato.objectives import Denoising
-from sfumato.objectives.fokker_planck import FokkerPlanck, Potential, divergence, log_density_residual, sde, signs
+from sfumato.objectives.fokker_planck import FokkerPlanck, divergence, log_density_residual, signs
 from sfumato.processes import DDPM, EDM, VE, VP, Cosine, Flow, Interpolant
+from sfumato.processes.base import sde
 
 F64 = torch.float64
 LAWS = {"vp": VP(), "ve": VE(0.05, 5.0), "edm": EDM(sigma_max=5.0), "flow": Flow(), "cosine": Cosine(), "ddpm": DDPM()}

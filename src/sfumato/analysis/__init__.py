@@ -19,7 +19,9 @@ from sfumato.analysis.gauge_freedom import (
     score_jacobian,
     swirl,
 )
-from sfumato.objectives.fokker_planck import Potential, log_density_residual, sde
+from sfumato.denoisers import Potential
+from sfumato.objectives.fokker_planck import log_density_residual
+from sfumato.processes.base import sde
 
 __all__ = [
     "Decomposition", "Flow", "Gap", "Potential", "Tabulated", "asymmetry", "decompose", "flow_jacobian", "flow_log_density", "gauge", "gauge_residual",

@@ -3,7 +3,7 @@
 from sfumato.objectives.autoencoder import Autoencoding
 from sfumato.objectives.contrastive import Contrastive
 from sfumato.objectives.denoising import Denoising, drop
-from sfumato.objectives.fokker_planck import FokkerPlanck, Potential, log_density_residual
+from sfumato.objectives.fokker_planck import FokkerPlanck, log_density_residual
 from sfumato.objectives.times import ByLoss, LogitNormal, LogNormal, Uniform
 from sfumato.objectives.weights import weight
 
@@ -15,8 +15,7 @@ __all__ = [
     "FokkerPlanck",
     "LogNormal",
     "LogitNormal",
-    "Potential",
-    "Uniform",
+        "Uniform",
     "drop",
     "log_density_residual",
     "weight",

@@ -150,3 +150,20 @@ def _cached(process: Gaussian, t: float) -> Coef:
     if not 0 <= t <= 1:
         raise InputError(f"t = {t}: times are in [0, 1], 0 is data and 1 is noise")
     return Coef(*process.law(t, math))
+
+
+def sde(process: Any, t: Any) -> tuple[Any, Any]:
+    """(a, g^2) of the equation dx = a x dt + g dw whose marginals are alpha x0 + sigma eps.
+
+    a = alpha' / alpha and g^2 = 2 sigma sigma' - 2 a sigma^2, at a float or a clock an item (B,), a time of the library.
+    Raises InputError for a process that is not Gaussian, and where alpha = 0 (a is infinite) or sigma' is.
+    Source: Kingma, Salimans, Poole, Ho, 2021, "Variational Diffusion Models".
+    """
+    if not isinstance(process, Gaussian):
+        raise InputError(f"{type(process).__name__} is no Gaussian process: it has no equation dx = a x dt + g dw")
+    c = process.coef(t)
+    clock = torch.as_tensor(t, dtype=torch.float64)
+    if bool((torch.as_tensor(c.alpha) == 0).any() | (torch.as_tensor(c.sigma) == 0).any()):
+        raise InputError(f"alpha or sigma is 0 at t = {clock.flatten()[0]:g}: stay inside (0, 1)")
+    rate = c.dalpha / c.alpha
+    return rate, 2 * c.sigma * c.dsigma - 2 * rate * c.sigma**2
