@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import import_time, step_cost, training_speed
+from benchmarks import import_time, solvers, step_cost, training_speed
 
 
 def main() -> None:
@@ -13,6 +13,7 @@ def main() -> None:
         "import": import_time.measure(),
         "step": step_cost.measure(),
         "training": training_speed.measure(),
+        "solvers": solvers.measure(quick=True)["summary"],
     }
     print(json.dumps(figures, indent=1))
 

@@ -1,7 +1,9 @@
-"""Write docs/reference/ and the README's table from what is registered and from every command's help: ``make docs``."""
+"""Write docs/reference/ and the README's table from what is registered and from every command's help, and docs/samplers.md from
+its measurements: ``make docs``."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,6 +106,7 @@ def main() -> None:
     for name, text in pages().items():
         (OUT / name).write_text(text, "utf-8")
     README.write_text(with_systems(README.read_text("utf-8")), "utf-8")
+    importlib.import_module("samplers").write()  # beside this file
     print(f"{OUT}: {len(pages())} pages")
 
 

@@ -55,7 +55,13 @@ class Pipeline:
         chosen = self.guidance if guidance is None else guidance
         if isinstance(chosen, (int, float)):
             return cfg(float(chosen))(self.denoiser) if chosen != 1 else self.denoiser
-        return chosen(self.denoiser)
+        guided = chosen(self.denoiser)
+        codec = getattr(self.codec, "codec_name", type(self.codec).__name__)
+        if codec != "identity" and any(getattr(m, "pixels", False) for m in guided.modules()):
+            raise InputError(
+                f"thresholding is for pixels, and this model runs on the codes of a {codec} codec: leave it out"
+            )
+        return guided
 
     def conditions(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
         """What the network reads, for n images."""

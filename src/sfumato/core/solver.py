@@ -45,7 +45,7 @@ class Solver:
     nfe         denoiser calls a step
     stochastic  draws noise
     reversible  ``inverse()`` undoes it to round-off
-    grid        the name of the only grid its weights are for, None for any
+    grid        the name of the grid it is made for, taken where none is given; None for any
 
     They are attributes of the instance, since they depend on its numbers, and the law tests check them.
     """

@@ -102,6 +102,7 @@ class Evidence:
     def save(self, folder: str | Path) -> Path:
         """Write ``SLUG.json``, and ``SLUG.png`` where there is a picture, whole or not at all; return the first."""
         from sfumato.files import write_atomically
+
         path = Path(folder) / f"{self.slug}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.picture is not None:

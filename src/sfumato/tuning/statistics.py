@@ -84,8 +84,10 @@ def _affine(
     """The best s and b of df/dlambda = s f + b along the flow dy/dlambda = -e^(-lambda) eps."""
     rho = float(torch.exp(torch.tensor(-lam, dtype=torch.float64)))
     here, slope, whole = [], [], []
-    for rows in parts:
-        y = data[rows] + rho * noise[rows]
+    for rows, sign in [
+        (rows, sign) for rows in parts for sign in (1.0, -1.0)
+    ]:  # pairs of opposite noise: odd errors cancel
+        y = data[rows] + sign * rho * noise[rows]
         move = -rho * eps(y, lam, rows)
 
         def f(at: Tensor, level: float, rows: slice = rows) -> Tensor:

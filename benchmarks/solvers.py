@@ -1,0 +1,257 @@
+"""Our solvers and diffusers' schedulers in one process, on the same exact denoisers and the same bundled networks.
+
+Error is the distance of an item to the end of its probability flow (:mod:`benchmarks.solvers_cases`), its median with a
+95 % interval and its rms; also sliced Wasserstein distance to those ends, and of every solver the microseconds a step costs
+outside the network (:mod:`benchmarks.step_cost`) and the memory a run needs. The ratio is ``arc`` on its own grid,
+untuned, over whichever peer is best at that case and number of calls. k-diffusion and azula need torchvision and so an
+environment of their own: ``benchmarks/solvers_k_diffusion.py``.
+
+    python -m benchmarks.solvers [--quick] [--tuned] [--json docs/samplers.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sfumato as sf
+from benchmarks import solvers_peers as peers
+from benchmarks import step_cost
+from benchmarks.diffusers_pipelines import megabytes
+from benchmarks.solvers_cases import EXACT, SEED, TRAINED, Case, exact, trained
+from sfumato.core import Context, mix
+from sfumato.evaluation.metrics import sliced_wasserstein
+
+OURS = ("arc", "dpm-solver++", "dpm-solver++(order=3)", "unipc", "deis", "ddim", "pndm", "dpm-solver++2s", "heun")
+BEST, CALLS, TUNED = "arc", (5, 8, 10, 15, 20), (5, 8, 10)
+# what the polynomial is of and in, all else being the same: order 3, corrected, last step of order 2, grid arctan
+ABLATION = {
+    f"{form}, {variable}": f"dpm-solver++(order=3, form='{form}', variable='{variable}', corrector=True, last=2)"
+    for form in ("data", "v")
+    for variable in ("lambda", "angle", "arc")
+}
+ABLATED = 10
+QUICK = ("16 peaks", "Gaussian, spectrum", "digits")
+BUDGET = {"geometric mean": 0.35, "worst": 1.0, "tuned": 0.2, "tuned, trained": 0.5}
+COSTS = {
+    "DDIM": "DDIMScheduler",
+    "PNDM": "PNDMScheduler",
+    "DPM++ 2M": "DPMSolverMultistepScheduler",
+    "DPM++ 2S": "DPMSolverSinglestepScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+    "DEIS": "DEISMultistepScheduler",
+    "Heun": "HeunDiscreteScheduler",
+}
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """The cases, made as they are needed."""
+    for name in EXACT:
+        if not quick or name in QUICK:
+            yield exact(name, n=32 if quick else 64)
+    for name, (n, steps) in TRAINED.items():
+        if not quick or name in QUICK:
+            yield trained(name, n, steps)
+
+
+def rows(case: Case, calls: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """One row a sampler and budget; a solver that refuses says why."""
+    for spec in OURS:
+        for n in calls:
+            yield {"case": case.name, "who": "sfumato", "sampler": spec, "budget": n, **ours(case, spec, n)}
+    for name in peers.names(case):
+        for n in calls:
+            ends, used = peers.run(name, case, n)
+            yield {"case": case.name, "who": "diffusers", "sampler": name, "budget": n, **figures(case, ends, used)}
+
+
+def ours(case: Case, spec: str, calls: int) -> dict[str, Any]:
+    """The figures of one of our solvers, or why it refuses."""
+    try:
+        steps = affordable(case.denoiser.process, spec, calls)
+        ctx = case.context()
+        ends = sf.sample(case.denoiser, solver=spec, steps=steps, x=case.x, ctx=ctx)
+    except sf.core.InputError as error:
+        return {"refused": str(error)}
+    return figures(case, ends, round(ctx.run.nfe))
+
+
+@cache
+def affordable(process: Any, spec: str, calls: int) -> int:
+    """The most steps that make at most this many calls."""
+    free = sf.oracles.Gaussian(torch.zeros(2), 1.0).denoiser(process)
+    for steps in range(calls, 0, -1):
+        ctx = Context.of(1, SEED)
+        sf.sample(free, solver=spec, steps=steps, x=torch.ones(1, 2), ctx=ctx)
+        if round(ctx.run.nfe) <= calls:
+            return steps
+    raise sf.core.InputError(f"{spec} makes more than {calls} calls in its first step")
+
+
+def figures(case: Case, ends: Tensor, calls: int) -> dict[str, Any]:
+    """Median error with its interval, rms, and sliced Wasserstein distance."""
+    errors = case.errors(ends).clamp(max=1e3)
+    low, middle, high = median(errors)
+    sets, groups = (ends.double().flatten(1), case.ends.flatten(1)), min(10, len(errors) // 2)
+    distance = sliced_wasserstein(*sets, groups=groups).value if float(errors.max()) < 1e3 else 1e3
+    rms = float(errors.square().mean().sqrt())
+    return {"calls": calls} | {
+        k: _short(v) for k, v in {"median": middle, "low": low, "high": high, "rms": rms, "distance": distance}.items()
+    }
+
+
+def median(errors: Tensor) -> tuple[float, float, float]:
+    """(low, median, high): order statistics that enclose the median with probability 0.95."""
+    ordered, n = errors.sort().values, len(errors)
+    half = 0.98 * math.sqrt(n)
+    low, high = ordered[max(0, math.floor(n / 2 - half))], ordered[min(n - 1, math.ceil(n / 2 + half))]
+    return float(low), float(errors.quantile(0.5)), float(high)
+
+
+def ratios(found: Sequence[dict[str, Any]], calls: Sequence[int], mine: str = BEST) -> list[dict[str, Any]]:
+    """For each case and number of calls: our one solver over the best of all peers, by median and by rms."""
+    out = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        for n in calls:
+            here = [row for row in found if row["case"] == case and row["budget"] == n and "median" in row]
+            own = next(row for row in here if (row["who"], row["sampler"]) == ("sfumato", mine))
+            theirs = [row for row in here if row["who"] != "sfumato"]
+            rival = min(theirs, key=lambda row: row["median"])
+            out.append(
+                {"case": case, "calls": n, "ours": own["median"], "peer": rival["median"], "best peer": rival["sampler"]}
+                | {"ratio": _short(own["median"] / rival["median"])}
+                | {"rms ratio": _short(own["rms"] / min(row["rms"] for row in theirs))}
+            )  # fmt: skip
+    return out
+
+
+def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric mean and worst of the ratios, and of those by rms."""
+    worst = max(found, key=lambda row: row["ratio"])
+    return {
+        "geometric mean": _short(statistics.geometric_mean(row["ratio"] for row in found)),
+        "worst": worst["ratio"],
+        "worst at": f"{worst['case']}, {worst['calls']} calls",
+        "above 1": sum(row["ratio"] > 1 for row in found),
+        "of": len(found),
+        "geometric mean of rms": _short(statistics.geometric_mean(row["rms ratio"] for row in found)),
+    }
+
+
+def costs(rounds: int = 7) -> list[dict[str, Any]]:
+    """Microseconds a step outside the network and peak kilobytes of a run, on a (4, 3, 32, 32) tensor."""
+    import diffusers
+
+    runs: dict[tuple[str, str], Callable[[], float]] = {}
+    for spec in OURS:
+        runs["sfumato", spec] = step_cost.ours(spec)
+    for name, kind in COSTS.items():
+        options = {"clip_sample": False} if kind == "DDIMScheduler" else {}
+        runs["diffusers", name] = step_cost._peer(getattr(diffusers, kind)(**options))
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            times[key].append(run())
+    return [
+        {"who": who, "sampler": name, "microseconds": round(statistics.median(times[who, name]), 1)}
+        | {"kilobytes": round(1000 * megabytes(run), 1)}
+        for (who, name), run in runs.items()
+    ]
+
+
+def tuned(case: Case, found: Sequence[dict[str, Any]], calls: Sequence[int] = TUNED) -> Iterator[dict[str, Any]]:
+    """``sf.tune`` on noise of its own, reported on the case's starts, against the best untuned peer on the same."""
+    small = case.name == "digits"
+    effort = {"items": 16, "unseen": 8, "budget": 24} if small else {"items": 4, "unseen": 4, "budget": 6}
+    for n in calls:
+        began = time.process_time()
+        where = sf.load(case.name)
+        card = sf.tune(where, n, guidance=1.0, rehearsals=600, seed=mix(SEED, 2), **effort)
+        ctx = case.context()
+        ends = sf.sample(case.denoiser, solver=card.solver(), grid=card.grid(), steps=card.steps, x=case.x, ctx=ctx)
+        seconds = round(time.process_time() - began, 1)
+        own = figures(case, ends, round(ctx.run.nfe))
+        here = [row for row in found if (row["case"], row["budget"], row["who"]) == (case.name, n, "diffusers")]
+        rival = min(here, key=lambda row: row["median"])
+        after = next(row for row in card.rows if row["chosen"])
+        yield {"case": case.name, "budget": n, "method": after["method"], "sampler": after["sampler"], **own} | {
+            "peer": rival["median"], "best peer": rival["sampler"], "ratio": _short(own["median"] / rival["median"]),
+            "rms ratio": _short(own["rms"] / min(row["rms"] for row in here)), "seconds": seconds,
+        }  # fmt: skip
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def measure(quick: bool = False, tune: bool = False) -> dict[str, Any]:
+    """All figures, as JSON values."""
+    import diffusers
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    began, found, better = time.process_time(), list[dict[str, Any]](), list[dict[str, Any]]()
+    about, parts = [], []
+    for case in cases(quick):
+        found += rows(case, CALLS)
+        for name, spec in ABLATION.items():
+            parts.append({"case": case.name, "polynomial": name, **ours(case, spec, ABLATED)})
+        about.append({"case": case.name, "kind": case.kind, "items": len(case.x), "spread": _short(case.spread)})
+        if tune and case.kind == "trained":
+            better += tuned(case, found)
+    against = ratios(found, CALLS)
+    return {
+        "versions": {"torch": torch.__version__.split("+")[0], "diffusers": diffusers.__version__},
+        "budget": BUDGET,
+        "cases": about,
+        "summary": summary(against),
+        "tuned summary": summary([{**row, "calls": row["budget"]} for row in better]) if better else None,
+        "ratios": against,
+        "tuned": better,
+        "ablated": ABLATED,
+        "ablation": parts,
+        "costs": costs(3 if quick else 7),
+        "rows": found,
+        "seconds": round(time.process_time() - began, 1),
+    }
+
+
+def main() -> None:
+    """Measure and print, or write, one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three cases")
+    parser.add_argument("--tuned", action="store_true", help="tune on the bundled models too: some minutes")
+    parser.add_argument("--json", type=Path, help="write all figures here and print the summary only")
+    given = parser.parse_args()
+    found = measure(given.quick, given.tuned)
+    if given.json is not None:
+        given.json.write_text(dumped(found), "utf-8")
+        found = {k: found[k] for k in ("summary", "tuned summary", "seconds")}
+    print(json.dumps(found, indent=1))
+
+
+def dumped(found: dict[str, Any]) -> str:
+    """JSON with one row a line."""
+    parts = []
+    for key, value in found.items():
+        if isinstance(value, list):
+            lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in value)
+            parts.append(f' "{key}": [\n{lines}\n ]')
+        else:
+            parts.append(f' "{key}": {json.dumps(value, ensure_ascii=False)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""MR Sampler: exponential integrators of the process that leads a picture to its degraded observation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.denoisers.mixtures import Mixture
+from sfumato.evaluation import PCAFeatures
+from sfumato.recipes import Check, Findings, recipe
+from sfumato.recipes import _plots as plots
+from sfumato.recipes._digits import DATA, GREY, Bed, draw, slope, strip
+from sfumato.recipes._reverting import FIRST, LAW, euler, judged, restoring, trained
+from sfumato.recipes._small import digits, pictures
+
+SECOND, OF_NOISE = "dpm-solver++(taper=True)", "dpm-solver++(form='noise', taper=True)"
+SOLVERS = {
+    "MR, noise prediction, 2M": (OF_NOISE, plots.THIRD, "-"),
+    "MR, data prediction, order 1": ("ddim", GREY, "-"),
+    "MR, data prediction, 2M": (SECOND, plots.ACCENT, "-"),
+}
+CALLS = (5, 10, 20, 40, 80, 160)
+CITATION = """@inproceedings{li2025mrs,
+  title = {{MRS}: A Fast Sampler for Mean Reverting Diffusion based on {ODE} and {SDE} Solvers},
+  author = {Li, Ao and Fang, Wei and Zhao, Hongbo and Lu, Le and Yang, Ge and Xu, Minfeng},
+  booktitle = {ICLR}, year = {2025}
+}"""
+
+
+def shifted(bed: Bed, known: Mixture) -> float:
+    """The largest difference between a run led to mu and the same solver on x - mu with the plain law of alpha and sigma."""
+    mu = bed.cond["anchor"]
+    other = Bed(known.shifted(-mu).denoiser(LAW), bed.x - mu, {"anchor": 0 * mu}, fine=200, stop=FIRST)
+    return float((other.run(SECOND, 10)[0] + mu - bed.run(SECOND, 10)[0]).abs().max())
+
+
+def picture(beds: dict[str, Bed], rows: dict[str, Tensor]) -> Any:
+    with plots.style():
+        made = plots.figure(13, 5.8)
+        left, right = made.subfigures(1, 2, width_ratios=(1.75, 1))
+        axes = left.subplots(1, 2, sharey=True)
+        for ax, (task, bed) in zip(axes, beds.items(), strict=True):
+            lines: dict[str, Any] = {"Euler's method": ([(n, euler(bed, n)) for n in CALLS], plots.INK, "-")}
+            lines |= {n: (bed.curve(s, CALLS), c, line) for n, (s, c, line) in SOLVERS.items()}
+            draw(ax, lines, title=f"exact belief: {task}", xlabel="calls of the denoiser")
+        axes[0].set_ylabel("median error of the end point")
+        axes[0].legend(loc="lower left")
+        for ax, (name, x) in zip(right.subplots(len(rows)), rows.items(), strict=True):
+            strip(ax, x[:32], name, 16)
+        return plots.image(made)
+
+
+@recipe(
+    "mr-sampler",
+    kind="solver",
+    claim="Solved semi-analytically, a mean-reverting diffusion needs 10 evaluations where Euler's method needs 100, and restores "
+    "pictures with 10 as well as posterior sampling with 100.",
+    baseline="Euler's method on the flow, posterior sampling and Euler-Maruyama on the same law and times; the observation itself",
+    citation=CITATION,
+)
+def mr_sampler(seed: int) -> Findings:
+    made = {task: restoring(task, seed) for task in ("inpainting", "super-resolution")}
+    beds, checks = {task: bed for task, (bed, *_) in made.items()}, []
+    for task, bed in beds.items():
+        worse = max((5, 10), key=lambda n: bed.error(SECOND, n) / bed.error(OF_NOISE, n))  # noqa: B023
+        checks += [
+            Check(f"{task}: 2M with 10 calls against Euler with 100", bed.error(SECOND, 10), euler(bed, 100), "ours <= baseline"),
+            Check(f"{task}: order of 2M, 20 to 160 calls", slope(bed.curve(SECOND, CALLS[2:])), None, "1.5 <= ours <= 2.5"),
+            Check(f"{task}: data against noise prediction, worse of 5 and 10 calls", bed.error(SECOND, worse),
+                  bed.error(OF_NOISE, worse), "ours <= baseline"),
+        ]  # fmt: skip
+    gap = max(shifted(bed, known) for bed, _, known in made.values())
+    checks.append(Check("difference from DPM-Solver++ on x - mu", gap, None, "ours <= 1e-6"))
+    net, truth = trained(seed)
+    x, _, unseen = digits()
+    features = PCAFeatures(pictures(x[~unseen]), 16)
+    ways = {"MR, 10 calls": (SECOND, 10), "posterior sampling, 100 calls": ("ddpm", 100), "posterior sampling, 10 calls": ("ddpm", 10),
+            "Euler-Maruyama, 10 calls": ("euler-maruyama", 10)}  # fmt: skip
+    ends = {name: net.run(spec, n)[0] for name, (spec, n) in ways.items()}
+    found = {name: judged(end, truth, features) for name, end in ends.items()}
+    (db, fd), (slow_db, slow_fd), *others = found.values()
+    seen, _ = judged(net.cond["anchor"], truth, features)
+    checks += [
+        Check("network: PSNR with 10 calls, posterior sampling with 100", db, slow_db, "ours >= baseline - 0.2"),
+        Check(
+            "network: Fréchet distance with 10 calls, posterior sampling with 100",
+            fd,
+            slow_fd,
+            "ours <= 1.1 * baseline",
+        ),
+        Check("network: PSNR against the observation itself", db, seen, "ours >= baseline + 1"),
+    ]
+    for name, (other_db, other_fd) in zip(list(ways)[2:], others, strict=True):
+        worst = max((db - other_db) / 0.5, other_fd / fd / 1.2)
+        checks.append(
+            Check(f"network: {name}, larger of PSNR lost / 0.5 dB and distance ratio / 1.2", worst, None, "ours >= 1")
+        )
+    rows = {"truth, unseen": truth, "observed": net.cond["anchor"]} | {
+        f"{name}: {found[name][0]:.1f} dB, distance {found[name][1]:.2f}": end for name, end in ends.items()
+    }
+    beside = [
+        f"{task} {', '.join(f'{bed.error(SECOND, n):.4f}' for n in (10, 20, 40))} against {euler(bed, 100):.4f}"
+        for task, bed in beds.items()
+    ]
+    return Findings(
+        checks,
+        nfe={"MR": 10, "Euler": 100, "posterior sampling": 100},
+        data=f"{DATA}; 256 draws of it, degraded. For the network two thirds of the digits, and {len(truth)} unseen",
+        model="exact belief given the observation; a multilayer perceptron taught in this run (1000 steps)",
+        notes="The process runs from the observation plus noise (alpha 0.005) to t = 0.01 on uniform times. Inpainting hides the middle four "
+        "columns, super-resolution averages 2 x 2, both with noise 0.1. Chosen on seed 100: the order falls at the end of every run (the "
+        "published flag for few steps; without it the data form had an error of 0.08 and the noise form of 0.009 at 10 calls of "
+        "inpainting), and the network predicts the velocity (with alpha = 0.005 at the start the error of a noise prediction is multiplied "
+        "by 200 in the data, and 10 calls ended at 6.9 dB). With an exact belief 100 steps of Euler are within 0.01 a pixel; median errors "
+        f"of 2M with 10, 20, 40 calls beside them: {'; '.join(beside)}. "
+        + "; ".join(f"{n}: {a:.2f} dB, {b:.3f}" for n, (a, b) in found.items())
+        + f"; observation {seen:.2f} dB. PSNR rewards the blur of few stochastic steps; the distance does not.",
+        picture=picture(beds, rows),
+    )
