@@ -72,7 +72,9 @@ def invert(
     """
     chosen = _solver(solver)
     forward = chosen.inverse() if chosen.reversible else chosen
-    run = core.trajectory(denoiser, forward, _grid(grid, chosen), steps, x=x0, cond=cond, start=start, stop=stop, **options)
+    run = core.trajectory(
+        denoiser, forward, _grid(grid, chosen), steps, x=x0, cond=cond, start=start, stop=stop, **options
+    )
     for st in run:
         last = st
     return last.restart()

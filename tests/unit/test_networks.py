@@ -71,7 +71,7 @@ CASES: dict[str, tuple[str, dict, Callable]] = {
     "vit-encoder": ("vit-encoder", VIT, no_conditions(3, 16, 16, label=True)),
     "text-tower": ("text-tower", TOWER, text_call),
 }  # fmt: skip
-LOCAL = {"dual-encoder"}  # tested below: its output has a row and a column of every item
+LOCAL = {"dual-encoder", "subspace-score"}  # tested below, and in test_subspace.py
 ZERO_AT_START = ["unet", "unet-1", "unet-head", "dit", "dit-shared", "mlp", "discriminator"]
 
 

@@ -55,6 +55,7 @@ def save(picture: Image, path: Path, card: Mapping[str, Any]) -> Path:
     from PIL.PngImagePlugin import PngInfo
 
     from sfumato.files import write_atomically
+
     png(path)
     info, buffer = PngInfo(), io.BytesIO()
     info.add_itxt(CARD, json.dumps(card, ensure_ascii=False))

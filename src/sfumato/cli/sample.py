@@ -68,7 +68,10 @@ def sample(
     path, count = png(target), n * max(1, len(prompts or ()))
     if count > MOST:
         raise InputError(f"{count} pictures on one sheet: at most {MOST}; --out FOLDER/ writes shards of any number")
-    card = described(model, prompts, n, options, seed, conditions, sampler, force) | {"columns": columns, "scale": scale}
+    card = described(model, prompts, n, options, seed, conditions, sampler, force) | {
+        "columns": columns,
+        "scale": scale,
+    }
     picture, seconds = drawn(card)
     return _written(picture, path, card, seconds)
 

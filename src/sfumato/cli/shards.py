@@ -107,4 +107,5 @@ def _claim(folder: Path, card: Mapping[str, Any]) -> None:
 
 def _keep(path: Path, value: Mapping[str, Any]) -> None:
     from sfumato.files import write_atomically
+
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=1).encode())

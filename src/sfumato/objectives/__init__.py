@@ -15,7 +15,7 @@ __all__ = [
     "FokkerPlanck",
     "LogNormal",
     "LogitNormal",
-        "Uniform",
+    "Uniform",
     "drop",
     "log_density_residual",
     "weight",

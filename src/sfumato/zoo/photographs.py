@@ -89,6 +89,7 @@ def build(out: Path) -> dict[str, Any]:
     from PIL import Image
 
     from sfumato.files import write_atomically
+
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra("scikit-image", extra="science")

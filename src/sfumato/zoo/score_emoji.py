@@ -120,6 +120,7 @@ def main(name: str = "emoji-latent") -> None:
 
     from sfumato.files import write_atomically
     from sfumato.pipeline import find, load
+
     table, ratios, _ = score(load(name))
     path = find(name) / "pipeline.json"
     description = json.loads(path.read_text())
