@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfumato import grids, oracles, solvers
 from sfumato.core import Context, InputError, Solver, Step, Wrap, sample, trajectory
+from sfumato.core.trees import column
 from sfumato.processes import EDM, VP, Flow
 from sfumato.solvers.exponential import Multistep
 
@@ -237,7 +238,8 @@ class Bridge(Flow):
     def anchor(self, t: Any, cond: Any, derivative: bool = False) -> Any:
         if "anchor" not in cond:
             return None
-        return (3 * math.cos(3 * t) if derivative else math.sin(3 * t)) * cond["anchor"]
+        m: Any = torch if isinstance(t, Tensor) else math
+        return column(3 * m.cos(3 * t) if derivative else m.sin(3 * t), cond["anchor"]) * cond["anchor"]
 
 
 def test_an_anchor_is_seen_by_the_network_the_start_and_the_result_only() -> None:

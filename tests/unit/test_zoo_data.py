@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato.core.errors import InputError, MissingExtra, SfumatoError, UnknownName
-from sfumato.zoo import build_emoji, digits, emoji, openmoji, packages, photographs, sets
+from sfumato.zoo import build_emoji, digits, emoji, openmoji, photographs, sets
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
@@ -446,14 +446,16 @@ def test_a_build_that_fails_leaves_no_folder(tmp_path):
 
 
 def test_atomic_writing_replaces_whole_files_and_cleans_up(tmp_path, monkeypatch):
+    from sfumato import files
+
     target = tmp_path / "file"
-    packages.write_atomically(target, b"old")
+    files.write_atomically(target, b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packages.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        packages.write_atomically(target, b"new")
+        files.write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]

@@ -18,7 +18,7 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
         "pipelines and schedulers of diffusers, both ways",
     ),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "exporting networks to ONNX"),
-    "medical": (("nibabel", "pydicom"), "medical images"),
+    "medical": (("nibabel", "nilearn"), "medical images"),
     "audio": (("soundfile",), "reading and writing sound files"),
     "vector": (("resvg-py",), "drawing SVG: line art of emoji"),
     "ui": (("starlette", "uvicorn"), "the studio in a browser"),

@@ -28,8 +28,8 @@ MAKERS: dict[str, Callable[..., Trainer]] = {
 LICENCES = {
     "medical": (
         "32-pixel patches of Colin27 (mricron-data); ICBM152 (nilearn) is unseen",
-        "Apache-2.0; trained on Colin27, (C) McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill "
-        "University: to use, copy, modify and distribute for any purpose and without fee, with this notice",
+        "Apache-2.0; trained on Colin27 of the Montreal Neurological Institute, as Debian's mricron-data carries it "
+        "(BSD-3-Clause by its copyright file)",
     ),
     "digits": ("scikit-learn digits, training split", "Apache-2.0; trained on scikit-learn's digits (BSD-3-Clause)"),
     "emoji": (

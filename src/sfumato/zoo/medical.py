@@ -26,10 +26,7 @@ from sfumato.zoo.packages import cache_folder, check, new_folder, run
 from sfumato.zoo.sets import MissingDataset
 
 SIDE, FILLED = 32, 0.5  # pixels a side; the least share of a patch that is brain
-MNI = (
-    "(C) McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University: to use, copy, modify and "
-    "distribute for any purpose and without fee, with this notice"
-)
+MNI = "Made by the Montreal Neurological Institute, McGill University; the package states its terms of use."
 
 
 @dataclass(frozen=True)
