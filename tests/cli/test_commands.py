@@ -65,6 +65,13 @@ def test_options_reach_the_sampler(run, models, words, tmp_path):
     )
 
 
+def test_a_solver_that_needs_a_grid_of_its_own_gets_it(run, models, tmp_path):
+    for solver, grid in (("pndm", "uniform"), ("arc", "arc"), ("ddim", None)):
+        given = ["--model", models / "styled", "-n", 1, "--steps", 5, "--solver", solver, "--out", tmp_path / "s.png"]
+        card = run("sample", "noto", *given, "--json").record
+        assert grid in (None, card["grid"]), card
+
+
 def test_small_pictures_are_enlarged_to_be_seen(run, models, tmp_path):
     run("sample", "-m", models / "styled", "-n", 1).fine()
     assert pixels(tmp_path / "out.png").shape == (128, 128, 3)

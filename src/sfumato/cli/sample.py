@@ -93,6 +93,8 @@ def described(
     if sampler is None:
         pipeline = sfumato.load(model)
         settings = {name: getattr(pipeline, name) if value is None else value for name, value in options.items()}
+        if options["grid"] is None:
+            settings["grid"] = sfumato.solvers.registry.make(settings["solver"]).grid or settings["grid"]
     else:
         settings = _tuned(sampler, options, force)
         made |= {"sampler": str(sampler), "sampler_file": _digest(sampler), "force": force}
