@@ -231,6 +231,14 @@ def test_ip_adapter():
         latents(ours, 5)
 
 
+def test_several_ip_adapters_are_refused():
+    pipe = tiny.pipeline("sd")
+    weights = adapter_weights(pipe.unet, tiny.WIDTH, 12)
+    pipe.unet._load_ip_adapter_weights([weights, weights], low_cpu_mem_usage=False)
+    with pytest.raises(sf.SfumatoError, match="2 IP-Adapters"):
+        sf.from_diffusers(pipe)
+
+
 def test_lora_loaded_by_peft_acts():
     peft = pytest.importorskip("peft")
     pipe = tiny.pipeline("sd")

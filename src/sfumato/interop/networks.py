@@ -74,6 +74,9 @@ class TextUNet(Network):
         adapter = getattr(config, "encoder_hid_dim_type", None)  # an IP-Adapter sets the attribute, not the entry
         if adapter not in (None, "text_proj", "ip_image_proj"):
             raise InputError(f"this U-Net projects its text by {adapter!r}, which cannot be carried")
+        several = len(getattr(getattr(model, "encoder_hid_proj", None), "image_projection_layers", ()))
+        if adapter == "ip_image_proj" and several > 1:
+            raise InputError(f"{several} IP-Adapters are loaded, and one can be carried: unload the others")
         if control is not None and type(control).__name__ != "ControlNetModel":
             raise InputError(f"a {type(control).__name__} cannot be carried; one ControlNetModel can")
         reads = {
