@@ -205,17 +205,14 @@ torch holds during 100 steps.
 
 - Exact cases know their belief in closed form, under diffusers' linear schedule; `digits` (eps, VP) and `emoji-latent` (flow) are the
   bundled networks with guidance 1.
-- The ends come from classical Runge-Kutta of order 4 in the angle, with which no solver here has a part. Halving its step moves
-  the ends of exact cases by less than 1e-6, of `digits` by about 0.0005 and of `emoji-latent` by 0.002 to 0.006: the errors of
-  `emoji-latent` at 20 calls are hardly above that.
+- The ends come from classical Runge-Kutta of order 4 in the angle, with which no solver here has a part; on the networks they are
+  known less exactly than on the exact cases, so small errors of `emoji-latent` are hardly resolved.
 - Same denoiser, same start noise, same schedule for all. diffusers' schedulers are asked at the exact noise level of their own
   sigma (they round it to a label under Karras and logSNR spacing); for flow, those that begin at sigma = 0.999 are handed the
   state there; a solver of two calls a step takes as many steps as the budget allows. Of twelve settings (nine for flow) the best
   one counts, chosen anew for each case and number of calls, while ours is one setting.
-- k-diffusion and azula need torchvision, so they are no part of this run: `benchmarks/solvers_k_diffusion.py` says how to make
-  their environment. Run once on 32 items of the exact cases, before any later change of `arc`: 0.32 of the error of the best of
-  14 settings of k-diffusion (0.1.1), and 0.82 of the best of 20 settings of azula (0.11.1), whose exponential Adams-Bashforth
-  method of order 3 with a last reading of x0 is the strongest rival found: azula is ahead in 13 of 40 places, six of them Gaussians.
+- k-diffusion and azula need torchvision, so they are no part of this run and `arc` was not measured against them in its present
+  form: `benchmarks/solvers_k_diffusion.py` says how to make their environment.
 """
 
 

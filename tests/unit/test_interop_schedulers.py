@@ -338,3 +338,15 @@ def test_a_process_of_ours_as_a_scheduler():
         x = scheduler.step(denoiser(x, float(t), Context(batch=4)).view("eps"), t, x).prev_sample
     assert torch.allclose(x, sf.sample(denoiser, solver="heun", grid="logsnr", steps=7, x=start), atol=1e-12)
     assert DEFAULT in solvers.names()
+
+
+@pytest.mark.parametrize("solver", ["ipndm", "pndm", "ghvb"])
+def test_solvers_that_need_equal_times_say_so_and_run_on_them(solver: str) -> None:
+    """Their own ``times`` only check the grid, so they are schedules like any other where it suits them."""
+    pipe = tiny.pipeline("sd")
+    like = pipe.scheduler
+    pipe.scheduler = sf.as_diffusers_scheduler(solver, "uniform", like=like)
+    made = pipe("a", num_inference_steps=8, height=16, width=16, output_type="np").images
+    assert made.shape == (1, 16, 16, 3)
+    with pytest.raises(sf.SfumatoError, match="equally spaced"):
+        sf.as_diffusers_scheduler(solver, "karras", like=like).set_timesteps(8)

@@ -18,6 +18,7 @@ from sfumato.evaluation.metrics import sliced_wasserstein
 from sfumato.evaluation.table import Table
 from sfumato.tuning.card import SamplerCard
 from sfumato.tuning.target import Target, aim
+from sfumato.tuning.tune import median_interval
 
 SOLVERS = ("ddim", "dpm-solver++", "unipc", "deis", "arc")
 BUDGETS = (5, 8, 10, 15, 20)
@@ -124,13 +125,10 @@ def _made(spec: str, calls: float) -> tuple[Solver, int]:
 
 
 def _median(errors: Tensor) -> Measurement:
-    """The order statistics that enclose the median with probability 0.95 (normal approximation of the binomial)."""
-    ordered, n = errors.clamp(max=1e6).sort().values, len(errors)
-    half = 0.98 * math.sqrt(n)
-    low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half))
-    middle = float(ordered.median())
+    low, high = median_interval(errors)
+    middle = float(errors.clamp(max=1e6).median())
     return Measurement(
-        "error", middle, float(ordered[low]), float(ordered[high]), n, interval="95 % by order statistics",
+        "error", middle, low, high, len(errors), interval="95 % by order statistics",
         higher_is_better=False, reference="the fine solution from the same starts",
     )  # fmt: skip
 

@@ -130,12 +130,16 @@ def calls(solver: Solver, process: Any, times: Sequence[float]) -> list[list[flo
     """
     inner: Any = solver
     while inner is not None:
-        if type(inner).__dict__.get("times") is not None:
+        if type(inner).__dict__.get("times") is not None and not inner.grid:
             raise InputError(
                 f"{type(inner).__name__} chooses its own times as it goes: it cannot be made a fixed schedule"
             )
         inner = getattr(inner, "inner", None)
     like = torch.zeros(1, 1, dtype=torch.float64)
+    if solver.grid and list(solver.times(process, times, like, Context.of(1, 0))) != list(
+        times[1:]
+    ):  # refuses other spacings
+        raise InputError(f"{type(solver).__name__} would leave the times of this schedule")
     run = Replay(solver, process, times, like, Streams.of(0, 1))
     out: list[list[float]] = [[] for _ in times[1:]]
     while not run.done:

@@ -307,7 +307,7 @@ def _own(pipeline: Any, target: Target, nfe: int) -> Entry | None:
 def _figures(target: Target, entry: Entry) -> dict[str, Any]:
     """Score, median with its 95% interval, and rms of the errors."""
     errors = target.errors(entry.solver, entry.times, entry.denoiser(target))
-    low, high = _median_interval(errors)
+    low, high = median_interval(errors)
     finite = errors.clamp(max=1e6)
     return {
         "score": target.score(errors), "median": float(finite.median()), "interval": [low, high],
@@ -315,7 +315,7 @@ def _figures(target: Target, entry: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _median_interval(values: Tensor) -> tuple[float, float]:
+def median_interval(values: Tensor) -> tuple[float, float]:
     """The order statistics that enclose the median with probability 0.95 (normal approximation of the binomial)."""
     ordered, n = values.clamp(max=1e6).sort().values, len(values)
     half = 0.98 * math.sqrt(n)
