@@ -1,0 +1,6 @@
+"""Edits with a frozen model: invert, mix, steer, drag and fill. ``edit`` is the one front door."""
+
+from sfumato.editing.base import INPUTS, Method, Task, get, names, register
+from sfumato.editing.front import Edited, edit, perform
+
+__all__ = ["INPUTS", "Edited", "Method", "Task", "edit", "get", "names", "perform", "register"]

@@ -1,0 +1,171 @@
+"""``sf.edit``: one front door for every editing method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato import grids, solvers
+from sfumato.core import Grid, Guidance, InputError, Solver
+from sfumato.editing.base import Method, Task, registry
+from sfumato.guidance import cfg
+from sfumato.pipeline import Pipeline
+from sfumato.training.images import read_image
+
+
+@dataclass(frozen=True)
+class Edited:
+    """images: uint8 (B, 3, H, W); state: the edited x0 in the space of the process; nfe: network calls an image."""
+
+    images: Tensor
+    state: Tensor
+    nfe: float
+
+
+@torch.no_grad()
+def perform(
+    pipeline: Pipeline,
+    image: Tensor | str | Path,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    method: str | Method = "edit-friendly",
+    source: str | Sequence[str] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    source_cond: Mapping[str, Any] | None = None,
+    mask: Tensor | str | Path | None = None,
+    points: Sequence[Sequence[float]] = (),
+    reference: Tensor | str | Path | None = None,
+    steps: int | None = None,
+    solver: str | Solver | None = None,
+    grid: str | Grid | None = None,
+    guidance: float | Guidance | None = None,
+    seed: int = 0,
+    **numbers: Any,
+) -> Edited:
+    """:func:`edit`, with the state and the number of calls beside the images."""
+    images = _images(image, "image", pipeline.size)
+    n = len(images)
+    method, name = _method(method, numbers)
+    given = {
+        "prompt": prompt is not None or bool(cond), "source": source is not None or bool(source_cond),
+        "mask": mask is not None, "points": bool(len(points)), "reference": reference is not None,
+    }  # fmt: skip
+    method.check(name, frozenset(k for k, said in given.items() if said))
+    shared = cond or {}
+    target = pipeline.conditions(n, _texts(prompt, n, "prompt"), **shared)
+    described = pipeline.conditions(n, _texts(source, n, "source"), **(shared if source_cond is None else source_cond))
+    chosen = solvers.registry.make(spec) if isinstance(spec := solver or "ddim", str) else spec
+    times = (chosen.grid or pipeline.grid) if grid is None else grid
+    around = pipeline.guidance if guidance is None else guidance
+    scale = float(around) if isinstance(around, (int, float)) else None
+    device = next((p.device for p in pipeline.denoiser.parameters()), torch.device("cpu"))
+    other = None if reference is None else _images(reference, "reference", tuple(images.shape[-2:]))
+    if other is not None and other.shape[-3:] != images.shape[-3:]:
+        raise InputError(f"image {tuple(images.shape[-2:])} and reference {tuple(other.shape[-2:])} differ in size")
+    task = Task(
+        denoiser=pipeline.denoiser,
+        codec=pipeline.codec,
+        x0=pipeline.codec.encode(images.to(device)),
+        images=images,
+        source=described,
+        target=target,
+        guidance=_nothing if scale == 1 else cfg(scale) if scale is not None else around,  # type: ignore[arg-type]
+        scale=scale,
+        solver=chosen,
+        grid=grids.registry.make(times) if isinstance(times, str) else times,
+        steps=steps or 50,
+        mask=None if mask is None else _mask(mask, images),
+        points=_points(points, images),
+        reference=None if other is None else pipeline.codec.encode(other.to(device)).expand(n, -1, -1, -1),
+        seed=seed,
+        given=frozenset(k for k, said in given.items() if said),
+    )
+    x: Any = method(task)
+    return Edited(pipeline.codec.images(x), x, task.nfe[0])
+
+
+def edit(pipeline: Pipeline, image: Tensor | str | Path, prompt: str | Sequence[str] | None = None, **options: Any) -> Tensor:
+    """Edit images with a frozen model: uint8 (B, 3, H, W) of the size that went in.
+
+    image        a file (brought to the model's size on white), or uint8 (3, H, W) or (B, 3, H, W)
+    prompt       what the result shows, one or one an image; ``cond`` holds other raw conditions ({"vendor": "noto"})
+    method       a slug (``sf.editing.names()`` lists them), a spec "edict(strength=0.8)", or an object; its numbers may be
+                 given as keywords: ``edit(..., method="edict", strength=0.8)``
+    source       what the images show; ``source_cond``: its other conditions (default: those of ``cond``)
+    mask         where they may change: a file (white inside) or a tensor (H, W), (1, H, W) or (B, 1, H, W) in [0, 1]
+    points       [(from x, from y, to x, to y), ...] in pixels, for methods that move or drag
+    reference    a second image, for methods that mix or paste
+    steps, solver, grid, guidance, seed   the sampler of the edit: 50 DDIM steps and the pipeline's guidance by default
+
+    Raises InputError where the method needs what is not given, is given what it does not use, or the model cannot read it.
+    ``sf.editing.perform`` takes the same and also returns the state and the calls.
+    """
+    return perform(pipeline, image, prompt, **options).images
+
+
+def _nothing(denoiser: Any) -> Any:
+    return denoiser
+
+
+def _method(method: str | Method, numbers: Mapping[str, Any]) -> tuple[Method, str]:
+    if isinstance(method, Method):
+        if numbers:
+            raise InputError(f"an object brings its own numbers: leave out {sorted(numbers)}")
+        return method, type(method).__name__
+    name = method.partition("(")[0].strip()
+    if "(" in method and numbers:
+        raise InputError(f"give the numbers of {method!r} in the spec or as keywords, not both")
+    return (registry.make(method) if "(" in method else registry.get(name, **numbers)), name
+
+
+def _images(image: Tensor | str | Path, what: str, size: tuple[int, int]) -> Tensor:
+    pixels = read_image(image, size, fit="pad") if isinstance(image, (str, Path)) else image
+    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
+        got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise InputError(f"{what}: a file, or a uint8 tensor (3, H, W) or (B, 3, H, W), not {got}")
+    return pixels[None] if pixels.ndim == 3 else pixels
+
+
+def _texts(given: str | Sequence[str] | None, n: int, what: str) -> list[str] | None:
+    texts = [given] * n if isinstance(given, str) else None if given is None else list(given)
+    if texts is not None and len(texts) != n:
+        raise InputError(f"{len(texts)} texts in {what}= for {n} images: give one, or one an image")
+    return texts
+
+
+def _mask(mask: Tensor | str | Path, images: Tensor) -> Tensor:
+    if isinstance(mask, (str, Path)):
+        height, width = images.shape[-2:]
+        mask = read_image(mask, (height, width), fit="pad", background=(0, 0, 0)).float().mean(0) / 255
+    if not mask.dtype.is_floating_point:
+        mask = mask.float() if mask.dtype == torch.bool or mask.max() <= 1 else mask.float() / 255
+    mask = mask.reshape(1, 1, *mask.shape[-2:]) if mask.ndim == 2 or (mask.ndim == 3 and len(mask) == 1) else mask
+    wanted = (len(images), 1, *images.shape[-2:])
+    if mask.ndim != 4 or mask.shape[1:] != wanted[1:] or len(mask) not in (1, wanted[0]):
+        raise InputError(f"a mask of shape {tuple(mask.shape)} does not fit images {tuple(images.shape)}")
+    if not (mask.min() >= 0 and mask.max() <= 1):
+        raise InputError(f"a mask lies in [0, 1], not [{mask.min():g}, {mask.max():g}]")
+    if mask.max() == 0:
+        raise InputError("the mask is empty: nothing may change")
+    return mask.expand(wanted)
+
+
+def _points(points: Sequence[Sequence[float]], images: Tensor) -> tuple[tuple[float, float, float, float], ...]:
+    height, width = images.shape[-2:]
+    out = []
+    for point in points:
+        if len(point) != 4:
+            raise InputError(f"a point is (from x, from y, to x, to y), not {tuple(point)}")
+        x, y, u, v = map(float, point)
+        if not (0 <= x < width and 0 <= u < width and 0 <= y < height and 0 <= v < height):
+            raise InputError(f"the point {tuple(point)} lies outside the image of {width} x {height} pixels")
+        out.append((x, y, u, v))
+    return tuple(out)
+
+
+__all__ = ["Edited", "edit", "perform"]
