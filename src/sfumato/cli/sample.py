@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.cli._app import FAILED, Answer, command, progress
+from sfumato.cli._app import FAILED, Answer, command, named_values, progress
 
 if TYPE_CHECKING:
     from sfumato.pipeline import Pipeline
@@ -59,7 +59,7 @@ def sample(
     if replay is not None:
         return _replayed(replay, None if out is None else png(out))
     options = {"solver": solver, "grid": grid, "steps": steps, "guidance": guidance}
-    conditions = _conditions([*(cond or ()), *([f"vendor={vendor}"] if vendor else ())])
+    conditions = named_values([*(cond or ()), *([f"vendor={vendor}"] if vendor else ())])
     target = out or "out.png"
     if target.endswith("/") or Path(target).is_dir():
         if sampler is not None:
@@ -186,18 +186,6 @@ def _replayed(path: Path, out: Path | None) -> Answer:
     record = {**card, "replayed": str(path), "out": None if out is None else str(out), "same": same}
     verdict = "the same pixels" if same else "other pixels (another machine, number of threads or version)"
     return Answer(record | {"seconds": round(seconds, 2)}, f"{path}: {verdict}", 0 if same else FAILED)
-
-
-def _conditions(given: Iterable[str]) -> dict[str, str]:
-    from sfumato.core.errors import InputError
-
-    found = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise InputError(f"a condition is written NAME=VALUE, e.g. vendor=noto; not {text!r}")
-        found[name] = value
-    return found
 
 
 def _shards(

@@ -83,9 +83,7 @@ class Task:
     def context(self, cond: Mapping[str, Any] | None = None, **fields: Any) -> Context:
         """A context for the batch: this edit's streams, the target's conditions unless others are given."""
         cond = dict(self.target if cond is None else cond)
-        return Context.of(
-            len(self.x0), self.seed, cond=cond, dtype=self.x0.dtype, device=self.x0.device, **fields
-        )
+        return Context.of(len(self.x0), self.seed, cond=cond, dtype=self.x0.dtype, device=self.x0.device, **fields)
 
     def trajectory(
         self,
@@ -145,9 +143,7 @@ class Method:
         for key in sorted(self.needs - given):
             raise InputError(f"{name} needs {INPUTS[key]}")
         for key in sorted(given - self.needs - self.accepts):
-            raise InputError(
-                f"{name} does not use {key}=: it takes {', '.join(sorted(self.needs | self.accepts))}"
-            )
+            raise InputError(f"{name} does not use {key}=: it takes {', '.join(sorted(self.needs | self.accepts))}")
 
 
 def get(name: str, /, **numbers: Any) -> Method:

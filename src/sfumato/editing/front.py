@@ -89,7 +89,9 @@ def perform(
     return Edited(pipeline.codec.images(x), x, task.nfe[0])
 
 
-def edit(pipeline: Pipeline, image: Tensor | str | Path, prompt: str | Sequence[str] | None = None, **options: Any) -> Tensor:
+def edit(
+    pipeline: Pipeline, image: Tensor | str | Path, prompt: str | Sequence[str] | None = None, **options: Any
+) -> Tensor:
     """Edit images with a frozen model: uint8 (B, 3, H, W) of the size that went in.
 
     image        a file (brought to the model's size on white), or uint8 (3, H, W) or (B, 3, H, W)
