@@ -39,9 +39,10 @@ reproduce: $(VENV)/.tested ## one published system (SLUG=dpm-solver-pp), or all;
 docs: $(VENV)/.tested ## the generated pages under docs/reference
 	$(BIN)/python docs/generate.py
 
-wheel: $(VENV)/.installed ## build dist/*.whl
+wheel: $(VENV)/.installed ## build dist/*.whl, and the rest of the zoo beside it
 	$(PIP) build
 	$(BIN)/python -m build --wheel --sdist
+	$(BIN)/python -m build --wheel --outdir dist packaging/zoo
 
 clean: ## remove what make made, the virtual environment too
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

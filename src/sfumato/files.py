@@ -1,8 +1,9 @@
-"""Writing files that a killed process leaves whole."""
+"""Writing files that a killed process leaves whole, and where bundled models lie."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -18,3 +19,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def model_folders() -> list[Path]:
+    """Where bundled models lie: in this package, and in ``sfumato-zoo``, which carries the larger part of the zoo beside a wheel."""
+    spec = find_spec("sfumato_zoo")
+    beside = [Path(place) / "models" for place in (spec.submodule_search_locations or [])] if spec else []
+    return [Path(__file__).parent / "zoo" / "models", *beside]
+
+
+def bundled_models(description: str) -> dict[str, Path]:
+    """Name -> folder of every bundled model that has this file (``pipeline.json`` or ``encoder.json``)."""
+    found = {}
+    for models in reversed(model_folders()):
+        found |= {path.parent.relative_to(models).as_posix(): path.parent for path in models.glob(f"**/{description}")}
+    return dict(sorted(found.items()))

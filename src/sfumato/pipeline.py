@@ -15,14 +15,14 @@ from torch import Tensor
 from sfumato import codecs, conditioners, grids, networks, processes, solvers
 from sfumato.core import Context, Grid, Guidance, InputError, Solver, Step, Streams, trajectory
 from sfumato.denoisers import Parametrized, parametrized
-from sfumato.files import write_atomically
+from sfumato.files import bundled_models, write_atomically
 from sfumato.guidance import cfg
 
 if TYPE_CHECKING:
     from sfumato.tuning.card import SamplerCard
 
 FORMAT = 1
-ZOO = Path(__file__).parent / "zoo" / "models"
+ELSEWHERE = ("emoji-study", "medical")  # of the zoo, what a wheel leaves to the package sfumato-zoo
 
 
 @dataclass
@@ -211,17 +211,23 @@ def load(name_or_path: str | Path) -> Pipeline:
 
 def find(name_or_path: str | Path) -> Path:
     """The folder of a saved pipeline: a bundled name, the folder itself, or a training's output."""
-    for folder in (Path(name_or_path), Path(name_or_path) / "pipeline", ZOO / str(name_or_path)):
+    for folder in (Path(name_or_path), Path(name_or_path) / "pipeline"):
         if (folder / "pipeline.json").exists():
             return folder
+    models = bundled_models("pipeline.json")
+    if str(name_or_path) in models:
+        return models[str(name_or_path)]
+    hint = (
+        "; it comes with the package sfumato-zoo, beside the wheel" if str(name_or_path).startswith(ELSEWHERE) else ""
+    )
     raise FileNotFoundError(
-        f"no model {str(name_or_path)!r}: give a saved folder or one of {', '.join(bundled()) or 'none'}"
+        f"no model {str(name_or_path)!r}{hint}: give a saved folder or one of {', '.join(models) or 'none'}"
     )
 
 
 def bundled() -> list[str]:
     """Names of the models that came with the installation."""
-    return sorted(p.parent.relative_to(ZOO).as_posix() for p in ZOO.glob("**/pipeline.json"))
+    return list(bundled_models("pipeline.json"))
 
 
 def _fill(modules: Mapping[str, torch.nn.Module], path: Path) -> None:

@@ -139,3 +139,20 @@ def test_a_prompt_without_words_is_the_null_condition():
     assert cond["vector"][0].square().mean() == pytest.approx(1.0, abs=0.01)
     with pytest.raises(InputError, match="prompts for 3 images"):
         text(3, ["one", "two"])
+
+
+def test_models_of_the_package_beside_are_found_by_name(tmp_path, monkeypatch):
+    package = tmp_path / "sfumato_zoo"
+    tiny().save(package / "models" / "study" / "one")
+    (package / "__init__.py").write_text("")
+    with pytest.raises(FileNotFoundError, match="digits"):
+        sf.load("study/one")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "study/one" in pipeline.bundled() and "digits" in pipeline.bundled()
+    assert sf.load("study/one").card == {"made by": "a test"}
+
+
+def test_a_model_that_the_wheel_leaves_out_says_where_it_is(monkeypatch):
+    monkeypatch.setattr(pipeline, "bundled_models", lambda description: {})
+    with pytest.raises(FileNotFoundError, match="sfumato-zoo"):
+        sf.load("medical")

@@ -26,14 +26,19 @@ def listing() -> Answer:
     """Bundled models, and the data sets with where they are."""
     import json
 
-    from sfumato.pipeline import ZOO
+    from sfumato.files import bundled_models
     from sfumato.zoo import sets
 
     models = []
-    for path in sorted([*ZOO.glob("**/pipeline.json"), *ZOO.glob("*/encoder.json")]):
+    found = [
+        (name, folder / f"{kind}.json")
+        for kind in ("pipeline", "encoder")
+        for name, folder in bundled_models(f"{kind}.json").items()
+    ]
+    for name, path in sorted(found):
         about = json.loads(path.read_text("utf-8"))["card"]
         facts = {
-            "name": path.parent.relative_to(ZOO).as_posix(),
+            "name": name,
             "kind": path.stem,
             "made_by": about.get("made by"),
             "data": about.get("data"),

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from sfumato import networks
 from sfumato.core import InputError
-from sfumato.files import write_atomically
-
-FOLDER = Path(__file__).parent / "models"
+from sfumato.files import bundled_models, write_atomically
 
 
 def save_encoder(net: nn.Module, path: str | Path, card: dict[str, Any]) -> None:
@@ -32,14 +30,16 @@ def load_encoder(name_or_path: str | Path) -> nn.Module:
     """A dual encoder in eval mode, by bundled name or folder: ``emoji-encoder`` or ``emoji-judge``."""
     from safetensors.torch import load_file
 
-    for folder in (Path(name_or_path), FOLDER / str(name_or_path)):
-        if (folder / "encoder.json").exists():
-            d = json.loads((folder / "encoder.json").read_text())
-            net = networks.build(d["network"]["name"], d["network"]["config"])
-            net.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
-            return net.eval()
-    known = ", ".join(sorted(p.parent.name for p in FOLDER.glob("*/encoder.json"))) or "none"
-    raise InputError(f"no encoder {str(name_or_path)!r}: give a saved folder or one of {known}")
+    known = bundled_models("encoder.json")
+    folder = known.get(str(name_or_path), Path(name_or_path))
+    if not (folder / "encoder.json").exists():
+        raise InputError(
+            f"no encoder {str(name_or_path)!r}: give a saved folder or one of {', '.join(known) or 'none'}"
+        )
+    d = json.loads((folder / "encoder.json").read_text())
+    net = networks.build(d["network"]["name"], d["network"]["config"])
+    net.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+    return net.eval()
 
 
 @torch.no_grad()

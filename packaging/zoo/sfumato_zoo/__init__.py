@@ -1,0 +1,1 @@
+"""Models of sfumato's zoo that its wheel leaves out; ``sf.load`` finds them by name."""
