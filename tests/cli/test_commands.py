@@ -110,9 +110,9 @@ def test_shards_hold_what_the_card_says(run, models, tmp_path):
     assert len(shards) == 1400 and shards.counts == [1024, 376] and shards.card["solver"] == "dpm-solver++"
     batch = shards.batch([0, 699, 700, 1399])
     assert batch["caption"] == ["noto", "noto", "fluent", "fluent"]
-    from sfumato.core import mix
+    from sfumato.core import Streams
 
-    again = sfumato.load(model).generate(["noto", "fluent"], steps=1, seed=[mix(0, 699), mix(0, 700)])
+    again = sfumato.load(model).generate(["noto", "fluent"], steps=1, seed=Streams.of(0, 701).select([699, 700]))
     assert torch.equal(batch["x"][1:3], again)
 
 

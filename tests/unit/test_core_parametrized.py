@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import sfumato as sf
 from sfumato import grids, oracles, solvers
 from sfumato.core import KINDS, Coef, Context, InputError, Posterior, linear, row, sample
 from sfumato.denoisers import parametrized
@@ -143,3 +144,31 @@ def test_calls_are_counted_in_rows_of_the_batch() -> None:
 def test_an_unknown_kind_lists_the_known() -> None:
     with pytest.raises(InputError, match="'noise': use one of x0, eps, v, flow, score, edm"):
         parametrized(Echo(), VP(), "noise")
+
+
+def test_a_compiled_denoiser_is_the_same_function_and_hears_taps():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+
+    class Labelled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, label):
+            return self.net(x) + label[:, None]
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = sf.parametrized(Labelled(), sf.processes.VP())
+    compiled = plain.compiled(backend=backend)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    x, ctx = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), sf.Context.of(3)
+    with torch.no_grad():
+        assert torch.allclose(plain(x, 0.5, ctx).native, compiled(x, 0.5, ctx).native) and graphs
+        doubled = ctx.fork(taps=[("net.2", lambda ctx, call, h: 2 * call(h))])
+        a, b = plain(x, 0.5, doubled).native, compiled(x, 0.5, doubled).native
+    assert torch.equal(a, b) and not torch.allclose(a, plain(x, 0.5, ctx).native)

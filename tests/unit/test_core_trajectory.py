@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sfumato as sf
 from sfumato import grids, oracles, solvers
 from sfumato.core import Context, InputError, Solver, Step, Wrap, sample, trajectory
 from sfumato.core.trees import column
@@ -274,3 +275,37 @@ def test_an_anchor_is_seen_by_the_network_the_start_and_the_result_only() -> Non
             assert torch.allclose(y, plain + math.sin(3 * stop) * anchor, rtol=1e-6, atol=1e-6), (kind, name)
             assert name != "ddim" or torch.allclose(seen[0], raw)
             seen.clear()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 99])
+def test_chunks_give_what_one_batch_gives(batch):
+    denoiser = sf.oracles.GaussianMixture([[-2.0, 0.0], [2.0, 1.0]], [0.3, 0.5]).denoiser(sf.processes.VP())
+    run = {"solver": "ddpm", "steps": 4, "seed": 3}
+    whole = sf.sample(denoiser, shape=(5, 2), **run)
+    assert torch.equal(sf.sample(denoiser, shape=(5, 2), batch=batch, **run), whole)
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sf.sample(denoiser, x=x, batch=batch, **run), sf.sample(denoiser, x=x, **run))
+    seeds = [4, 5, 6, 7, 8]
+    options = {**run, "seed": seeds, "shape": (5, 2)}
+    assert torch.equal(sf.sample(denoiser, batch=batch, **options), sf.sample(denoiser, **options))
+
+
+def test_chunks_are_refused_where_they_mean_nothing():
+    denoiser = sf.oracles.Gaussian([0.0], [[1.0]]).denoiser(sf.processes.VP())
+    with pytest.raises(sf.SfumatoError, match="at least 1"):
+        sf.sample(denoiser, shape=(2, 1), batch=0)
+    with pytest.raises(sf.SfumatoError, match="leave out batch"):
+        sf.sample(denoiser, x=sf.Step(torch.zeros(2, 1), 1.0), batch=1)
+    with pytest.raises(sf.SfumatoError, match="not both or neither"):
+        sf.sample(denoiser, batch=1)
+
+
+def test_a_slice_of_streams_is_a_seed():
+    from sfumato.core import Streams
+
+    streams = Streams.of(7, 6)
+    part = Streams.of(streams.select(slice(2, 5)), 3)
+    like = torch.zeros(3, 4)
+    assert torch.equal(part.normal(like), Streams.of(7, 6).normal(torch.zeros(6, 4))[2:5])
+    with pytest.raises(sf.SfumatoError, match="3 seeds for 2 items"):
+        Streams.of(streams.select(slice(0, 3)), 2)

@@ -16,24 +16,25 @@ WORK = ".work"
 class Generated:
     """The pictures low .. high of a card as a data set: item i is "x" uint8 (C, H, W) and, where there is one, "caption".
 
-    Picture i is drawn with the seed mix(seed, i), so it depends neither on the shard nor on the number of processes.
+    Picture i draws from stream (seed, i), as on a sheet of the same card: neither the shard nor the number of processes counts.
     """
 
     def __init__(self, pipeline: Any, card: Mapping[str, Any], low: int, high: int) -> None:
+        from sfumato.core import Streams
+
         self.pipeline, self.card, self.low, self.high = pipeline, card, low, high
+        self.streams = Streams.of(card["seed"], high)
 
     def __len__(self) -> int:
         return self.high - self.low
 
     def batch(self, indices: Iterable[int]) -> dict[str, Any]:
         """Those pictures."""
-        from sfumato.core import mix
-
         rows = [self.low + i for i in indices]
         prompts = [self.card["prompts"][row // self.card["n"]] for row in rows] if self.card["prompts"] else None
         settings = {name: self.card[name] for name in ("steps", "solver", "grid", "guidance", "cond")}
-        seeds = [mix(self.card["seed"], row) for row in rows]
-        images = self.pipeline.generate(prompts or len(rows), seed=seeds, batch=len(rows), **settings)
+        settings |= {name: self.card[name] for name in ("negative", "regions") if name in self.card}
+        images = self.pipeline.generate(prompts or len(rows), seed=self.streams.select(rows), batch=len(rows), **settings)
         return {"x": images} if prompts is None else {"x": images, "caption": prompts}
 
 

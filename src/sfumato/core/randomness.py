@@ -49,17 +49,18 @@ class Streams:
     _generator: torch.Generator = field(default_factory=torch.Generator, repr=False, compare=False)
 
     @staticmethod
-    def of(seed: int | Sequence[int], n: int) -> Streams:
+    def of(seed: Any, n: int) -> Streams:
         """An int gives item i the stream (seed, i); a sequence gives each item its own seed (the stream (seed, 0)).
 
-        Seeds count modulo 2^64.
+        Seeds are whole numbers of any library, modulo 2^64. Streams give theirs: a slice of a larger set's, say.
         """
-        given: Any = seed  # whole numbers of any library
         try:
-            if hasattr(given, "__len__"):
-                streams = tuple((mix(operator.index(s)), 0) for s in given)
+            if isinstance(seed, Streams):
+                streams = seed.seeds
+            elif hasattr(seed, "__len__"):
+                streams = tuple((mix(operator.index(s)), 0) for s in seed)
             else:
-                streams = tuple((mix(operator.index(given)), i) for i in range(n))
+                streams = tuple((mix(operator.index(seed)), i) for i in range(n))
         except TypeError:
             raise InputError(f"seed = {seed!r}: give one whole number, or one an item") from None
         if len(streams) != n:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, TypeAlias
 
 import torch
@@ -122,7 +123,7 @@ def trajectory(
     shape          (B, *) (or a mapping of shapes) draws the start from the prior
     x              a start state at t = start, used as it is, dtype and device kept; or a Step, which resumes
     start, stop    start < stop inverts on the flipped grid; 0 < start < 1 with x given edits
-    seed           item i draws from stream (seed, i), or one int an item
+    seed           item i draws from stream (seed, i); or one int an item, or Streams
     ctx            continue a run, inject noise, or read the memory afterwards; it replaces cond and seed
 
     Callbacks are a for-loop around it. Gradients flow only with ``grad=True``, entered a step at a time and never held
@@ -159,9 +160,7 @@ def trajectory(
     yield st
     before: Times = ts[0]
     events = solver.times(process, ts, st.x, ctx)
-    j = -1
-    while True:
-        j += 1
+    for j in count():
         if ctx.rng is not None:
             ctx.rng.at(j + 1)
         with torch.set_grad_enabled(grad):

@@ -32,6 +32,17 @@ class Parametrized(Denoiser):
         self.net, self.process, self.predicts, self.clock = net, process, predicts, clock
         self.null, self.data_std = dict(null or {}), data_std
         self.reads = _conditions(net)
+        self._graph: list[Any] = []  # in a list, so that it is no second owner of the network's parameters
+
+    def compiled(self, **options: Any) -> Parametrized:
+        """The same denoiser on the same weights, its network called through ``torch.compile(net, **options)``.
+
+        A call with taps runs the network as it stands, since a compiled graph has no place for them. The options are
+        torch's: ``mode="reduce-overhead"`` replays CUDA graphs, ``dynamic=True`` keeps one graph for all batch sizes.
+        """
+        made = Parametrized(self.net, self.process, self.predicts, self.clock, self.null, self.data_std)
+        made._graph = [torch.compile(self.net, **options)]
+        return made.train(self.training)
 
     def forward(self, x: Tensor, t: Any, ctx: Context) -> Posterior:
         coef = self.process.coef(t)
@@ -40,8 +51,9 @@ class Parametrized(Denoiser):
         anchor = self.process.anchor(t, ctx.cond)
         if self.predicts == "edm":
             net_in, kind = linear(_edm_input(coef, self.data_std), x), edm_row(coef, self.data_std)
+        net = self._graph[0] if self._graph and not ctx.taps else self.net
         with tapped(self.net, ctx):
-            out = self.net(linear(1.0, net_in, 1.0, anchor), self._label(t, x), **self._conditions(ctx))
+            out = net(linear(1.0, net_in, 1.0, anchor), self._label(t, x), **self._conditions(ctx))
         if self.predicts == "flow" and anchor is not None:
             out = linear(1.0, out, -1.0, self.process.anchor(t, ctx.cond, derivative=True))
         ctx.run.nfe += len(x) / ctx.batch
@@ -104,7 +116,7 @@ def parametrized(
     null      what "no condition" is, by condition name
 
     For an anchored process the network sees the raw state x_t (the anchor is added to its input here), and a 'flow'
-    prediction has the anchor's drift taken off. torch.compile goes on ``net``, not on the result. Raises InputError for
+    prediction has the anchor's drift taken off. torch.compile goes on ``net``: ``.compiled()``. Raises InputError for
     a condition that the network does not read.
     """
     return Parametrized(net, process, predicts, clock, null, data_std)

@@ -64,7 +64,7 @@ def perform(
     around = pipeline.guidance if guidance is None else guidance
     scale = float(around) if isinstance(around, (int, float)) else None
     device = next((p.device for p in pipeline.denoiser.parameters()), torch.device("cpu"))
-    other = None if reference is None else _images(reference, "reference", tuple(images.shape[-2:]))
+    other = None if reference is None else _images(reference, "reference", (images.shape[-2], images.shape[-1]))
     if other is not None and other.shape[-3:] != images.shape[-3:]:
         raise InputError(f"image {tuple(images.shape[-2:])} and reference {tuple(other.shape[-2:])} differ in size")
     task = Task(
