@@ -198,6 +198,11 @@ def test_learning_rate_factor(steps, warmup, it):
         assert optim.factor(it, steps, warmup, None) == 1
 
 
+def test_the_tail_falls_in_the_last_fifth_only():
+    assert {optim.factor(it, 100, 0, "tail") for it in range(81)} == {1.0}
+    assert [optim.factor(it, 100, 0, "tail") for it in (90, 95, 99)] == pytest.approx([0.5, 0.25, 0.05])
+
+
 def test_each_player_has_its_rate_and_the_schedule_applies():
     schedule = {"steps": 6, "warmup": 2, "decay": "cosine", "ema": 0, "cpu": True}
     make = lambda player, parameters: torch.optim.SGD(parameters, {"a": 0.1, "b": 0.01}[player])  # noqa: E731

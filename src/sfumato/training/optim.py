@@ -18,13 +18,15 @@ MakeOptimizer: TypeAlias = Callable[[str, list[nn.Parameter]], torch.optim.Optim
 def factor(it: int, steps: int, warmup: int, decay: str | None) -> float:
     """What the learning rate is multiplied with in iteration it = 0, 1, ...
 
-    (it + 1) / warmup while it < warmup, then 1, or with decay='cosine' (1 + cos(pi u)) / 2 over the remaining share u.
+    (it + 1) / warmup while it < warmup, then 1, or over the remaining share u of the training, decay='cosine': (1 + cos(pi u)) / 2,
+    decay='tail': 1 until u = 0.8, then linearly to 0 (Hu et al. 2024, MiniCPM: a longer training may branch off before the tail).
     """
     if it < warmup:
         return (it + 1) / warmup
+    share = (it - warmup) / max(steps - warmup, 1)
     if decay == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (it - warmup) / max(steps - warmup, 1)))
-    return 1.0
+        return 0.5 * (1 + math.cos(math.pi * share))
+    return min(1.0, (1 - share) / 0.2) if decay == "tail" else 1.0
 
 
 def adamw(lr: float, betas: Sequence[float], weight_decay: float) -> MakeOptimizer:

@@ -42,7 +42,7 @@ class Trainer(Options):
                    attributes ``size`` and ``part(i, lo, hi)`` only the slices are asked for. None: ``batch`` empty items
     steps          iterations in all
     out            folder of ``checkpoint.safetensors``, ``metrics.jsonl`` and ``profiles/``; None keeps nothing
-    lr             learning rate, or one a player; ``warmup`` iterations up, ``decay='cosine'`` down to 0 at the end
+    lr             learning rate, or one a player; ``warmup`` iterations up, ``decay='cosine'`` or ``'tail'`` down to 0 at the end
     optimizer      (player, parameters) -> Optimizer instead of AdamW(lr, betas, weight_decay)
     ema            decay of the averages that :meth:`fit` returns, or one a player; 0 keeps none
     profiles       widths of power-function averages, written to ``profiles/`` every ``snapshot_every`` iterations

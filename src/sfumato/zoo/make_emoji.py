@@ -67,13 +67,13 @@ def pixel_denoiser() -> Parametrized:
     return parametrized(net, Cosine(), "v", null=TEXT_NULL)
 
 
-def make_pixel(out: Path, steps: int = 20_000, batch: int = 64) -> Trainer:
+def make_pixel(out: Path, steps: int = 9_000, batch: int = 64) -> Trainer:
     """Train ``emoji-pixel``: 32-pixel emoji, v-prediction on the cosine process."""
     items = emoji.load(32, split="train")
     objective = Denoising(pixel_denoiser(), dropout=DROPOUT)
     return Trainer(
         objective, EmojiBatches(items, items.images, batch), steps=steps, out=out, lr=5e-4, betas=(0.9, 0.99), warmup=200,
-        ema=0.9995, clip=1.0, save_every=250, log_every=50, config={"model": "emoji-pixel", "batch": batch},
+        decay="tail", ema=0.9995, clip=1.0, save_every=250, log_every=50, config={"model": "emoji-pixel", "batch": batch},
     )  # fmt: skip
 
 
