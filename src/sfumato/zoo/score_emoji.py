@@ -38,7 +38,7 @@ def score(pipeline: Pipeline, n: int = 500, seed: int = 0, **sampling: Any) -> t
     held = emoji.load(size, split="heldout-vendor", skin_tones=False)
     if n > len(set(train.concept.tolist())):
         raise InputError(f"n = {n}: there are {len(set(train.concept.tolist()))} trained concepts")
-    asked = _one_a_concept(train, n, seed)
+    asked = one_a_concept(train, n, seed)
     texts, targets = _texts(judge, train)
     images = pipeline.generate(
         [train.captions[i] for i in asked.tolist()],
@@ -82,7 +82,7 @@ def score(pipeline: Pipeline, n: int = 500, seed: int = 0, **sampling: Any) -> t
     return Table(rows), ratios, images
 
 
-def _one_a_concept(items: emoji.EmojiSet, n: int, seed: int) -> Tensor:
+def one_a_concept(items: emoji.EmojiSet, n: int, seed: int) -> Tensor:
     """One drawing of each of n concepts, whichever vendor comes first in a seeded order."""
     order = torch.randperm(len(items.captions), generator=torch.Generator().manual_seed(seed))
     seen: dict[int, int] = {}
