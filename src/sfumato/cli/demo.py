@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sfumato.pipeline import Pipeline
 
-MODELS = ("emoji-latent",)
+MODELS = ("emoji-latent", "emoji-pixel")
 WORDS = 8  # of the demo's prompts: pictures in a row
 SHOWN = (5, 10, 20)
 TILE, MARGIN, LABEL, TEXT = 96, 8, 190, 15

@@ -10,7 +10,7 @@ from sfumato import codecs, conditioners
 from sfumato.core import InputError
 from sfumato.pipeline import Pipeline
 from sfumato.training import Trainer
-from sfumato.zoo import captions, emoji, make_digits, make_emoji, make_latent_study, make_medical
+from sfumato.zoo import captions, emoji, make_digits, make_distilled, make_emoji, make_latent_study, make_medical
 from sfumato.zoo.encoders import save_encoder
 
 MAKERS: dict[str, Callable[..., Trainer]] = {
@@ -23,6 +23,7 @@ MAKERS: dict[str, Callable[..., Trainer]] = {
     "medical": make_medical.make_medical,
     "medical-regressor": make_medical.make_regressor,
     "medical-autoencoder": make_medical.make_autoencoder,
+    **make_distilled.MAKERS,
     **make_latent_study.MAKERS,
 }
 LICENCES = {
@@ -68,11 +69,13 @@ def export(name: str, run: Path, out: Path) -> Path:
     if name == "digits":
         return make_digits.bundle(player, facts).save(out)
     if name == "emoji-pixel":
-        return Pipeline(player, codecs.Identity(), vendors, (32, 32), steps=20, guidance=3.0, card=facts).save(out)
+        return Pipeline(player, codecs.Identity(), vendors, (32, 32), steps=20, guidance=5.0, card=facts).save(out)
     if name == "emoji-latent":
         codec = make_emoji.latent_codec(run.parent / "emoji-autoencoder")
         facts["codec"] = trained("emoji-autoencoder", run.parent / "emoji-autoencoder")[1]
         return Pipeline(player, codec, vendors, (64, 64), steps=20, guidance=3.0, card=facts).save(out)
+    if name in make_distilled.MAKERS:
+        return make_distilled.bundle(player, facts, name).save(out)
     if name.startswith("emoji-study-f"):
         factor = int(name.removeprefix("emoji-study-f"))
         if factor > 1:
