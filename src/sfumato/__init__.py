@@ -17,13 +17,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"
 
 _MODULES = (
-    "analysis", "codecs", "core", "denoisers", "editing", "evaluation", "gradients", "grids", "guidance", "networks", "objectives", "operators",
+    "acceleration", "analysis", "codecs", "core", "denoisers", "editing", "evaluation", "gradients", "grids", "guidance", "networks", "objectives", "operators",
     "oracles", "processes", "recipes", "solvers", "training", "tuning", "zoo",
 )  # fmt: skip
 _NAMES = {
     "sample": "api", "trajectory": "api", "invert": "api", "load": "pipeline", "Pipeline": "pipeline",
     "from_diffusers": "interop", "as_diffusers_scheduler": "interop",
-    "edit": "editing.front", "tune": "tuning.tune", "SamplerCard": "tuning.card", "compare": "evaluation.compare", "cite": "recipes",
+    "distill": "distillation", "edit": "editing.front", "tune": "tuning.tune", "SamplerCard": "tuning.card", "compare": "evaluation.compare", "cite": "recipes",
     "parametrized": "denoisers", "Context": "core", "Step": "core", "SfumatoError": "core",
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ def model_folders() -> list[Path]:
 
 def bundled_models(description: str) -> dict[str, Path]:
     """Name -> folder of every bundled model that has this file (``pipeline.json`` or ``encoder.json``)."""
-    found = {}
+    found: dict[str, Path] = {}
     for models in reversed(model_folders()):
         found |= {path.parent.relative_to(models).as_posix(): path.parent for path in models.glob(f"**/{description}")}
     return dict(sorted(found.items()))

@@ -132,6 +132,31 @@ def trailing(steps: int = 1000) -> Grid:
     return grid
 
 
+@register("piecewise")
+def piecewise(times: Sequence[float] = (1.0, 0.0)) -> Grid:
+    """These times, falling from 1 to 0, for as many steps as they have; any other number interpolates them linearly in i / n.
+
+    The grid of a distilled model, which knows its own few times. Between other ends than 1 and 0 it is scaled.
+    """
+    values = [float(t) for t in times]
+    if (
+        len(values) < 2
+        or (values[0], values[-1]) != (1.0, 0.0)
+        or any(a <= b for a, b in zip(values, values[1:], strict=False))
+    ):
+        raise InputError(f"times = {tuple(times)}: at least two, falling from 1.0 to 0.0")
+
+    def grid(process: Any, n: int, start: float, stop: float) -> Tensor:
+        def at(place: float) -> float:
+            k = min(int(place), len(values) - 2)
+            return values[k] + (values[k + 1] - values[k]) * (place - k)
+
+        inner = [at(i * (len(values) - 1) / n) for i in range(1, n)]
+        return _ends([stop + (start - stop) * t for t in inner], start, stop)
+
+    return grid
+
+
 def fixed(times: Sequence[float] | Tensor) -> Grid:
     """These very times, falling; steps, start and stop must agree with them (learned and searched schedules)."""
     values = torch.as_tensor(times, dtype=torch.float64)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato import codecs, conditioners, grids, networks, processes, solvers
+from sfumato import guidance as guidances
 from sfumato.core import Context, Grid, Guidance, InputError, Solver, Step, Streams, trajectory
 from sfumato.denoisers import Parametrized, parametrized
 from sfumato.files import bundled_models, write_atomically
@@ -30,7 +31,7 @@ class Pipeline:
     """Denoiser, codec, conditioner and a default sampler; no logic of its own beyond handing them to each other.
 
     solver, grid  specs such as "dpm-solver++(order=3)", or objects (a pipeline with objects cannot be saved)
-    guidance      a classifier-free scale, or any Denoiser -> Denoiser
+    guidance      a classifier-free scale, a spec such as "apg(scale=4)", or any Denoiser -> Denoiser
     size          (height, width) of the images it makes
     card          origin, licence, training, scores: JSON-able
     """
@@ -42,7 +43,7 @@ class Pipeline:
     solver: str | Solver = "dpm-solver++"
     grid: str | Grid = "arctan"
     steps: int = 20
-    guidance: float | Guidance = 1.0
+    guidance: float | str | Guidance = 1.0
     card: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,9 +51,11 @@ class Pipeline:
         """The noising law."""
         return self.denoiser.process
 
-    def guided(self, guidance: float | Guidance | None = None) -> Any:
+    def guided(self, guidance: float | str | Guidance | None = None) -> Any:
         """The denoiser under this guidance (default: the pipeline's own)."""
         chosen = self.guidance if guidance is None else guidance
+        if isinstance(chosen, str):
+            chosen = guidances.get(chosen, load=lambda name: load(name).denoiser)
         if isinstance(chosen, (int, float)):
             return cfg(float(chosen))(self.denoiser) if chosen != 1 else self.denoiser
         guided = chosen(self.denoiser)
@@ -75,9 +78,11 @@ class Pipeline:
         steps: int | None = None,
         solver: str | Solver | None = None,
         grid: str | Grid | None = None,
-        guidance: float | Guidance | None = None,
+        guidance: float | str | Guidance | None = None,
         seed: int | Sequence[int] = 0,
         cond: Mapping[str, Any] | None = None,
+        negative: str | Sequence[str] = (),
+        regions: Sequence[tuple[Any, str]] = (),
         size: tuple[int, int] | None = None,
         batch: int = 32,
         sampler: SamplerCard | str | Path | None = None,
@@ -86,6 +91,8 @@ class Pipeline:
         """uint8 images (B, 3, H, W) for prompts (one, or one an image), or n images without prompts.
 
         ``cond`` holds raw conditions by name ({"vendor": "noto"}). Image i depends on (seed, i) only: not on ``batch``.
+        ``negative`` is what guidance leads away from, in all images ('perp-neg' takes several). ``regions`` are prompts of parts
+        of the picture, (where, prompt) each, where = (left, top, right, bottom) in shares of it or a mask (H, W) in [0, 1].
         ``sampler`` is a sampler card (``sf.tune``) or its file, in the place of steps, solver and grid; it brings its guidance
         scale and refuses another model. ``progress(done, total)`` is told of each step.
         """
@@ -98,8 +105,8 @@ class Pipeline:
         if n < 1:
             raise InputError(f"{n} images: at least one")
         total, size = steps or self.steps, size or self.size
-        conditions = self.conditions(n, texts, **(cond or {}))
-        denoiser, chosen = self.guided(guidance), solver or self.solver
+        conditions = self.conditions(n, texts, **(cond or {})) | self._beside(n, negative, regions, size, cond or {})
+        denoiser, chosen = self._composed(guidance, bool(negative), bool(regions)), solver or self.solver
         denoiser = denoiser if card is None else card.prepared(denoiser)
         method = solvers.registry.make(chosen) if isinstance(chosen, str) else chosen
         times = (method.grid or self.grid) if grid is None else grid
@@ -117,7 +124,38 @@ class Pipeline:
             out.append(self.codec.images(x))
         return torch.cat(out)
 
-    def _card(self, sampler: SamplerCard | str | Path, guidance: float | Guidance | None, *others: Any) -> SamplerCard:
+    def _beside(
+        self,
+        n: int,
+        negative: str | Sequence[str],
+        regions: Sequence[Any],
+        size: tuple[int, int],
+        cond: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Negative prompts and regions as conditions beside those of the pictures; a region keeps the others of its picture."""
+        away = [negative] if isinstance(negative, str) else negative
+        found = guidances.negative(*(self.conditions(n, [text] * n) for text in away if text))
+        placed = []
+        for where, prompt in regions:
+            if isinstance(where, Tensor):
+                mask = where[None, None]
+            else:
+                left, top, right, bottom = where
+                mask = guidances.box(left, top, right, bottom, size)
+            placed.append((mask, self.conditions(n, [prompt] * n, **cond)))
+        return found | guidances.regions(n, *placed)
+
+    def _composed(self, guidance: float | str | Guidance | None, negative: bool, regions: bool) -> Any:
+        """The denoiser under guidance that uses what was asked, or InputError where it would be ignored."""
+        denoiser = self.guided(guidance)
+        kinds = [type(m) for m in denoiser.modules()]
+        if negative and not any(issubclass(kind, guidances.ClassifierFree) for kind in kinds):
+            raise InputError("guidance leads away from a negative prompt: give a scale above 1, or 'apg', 'perp-neg'")
+        return guidances.regional()(denoiser) if regions and guidances.Regional not in kinds else denoiser
+
+    def _card(
+        self, sampler: SamplerCard | str | Path, guidance: float | str | Guidance | None, *others: Any
+    ) -> SamplerCard:
         """The sampler card, if it may be used here."""
         from sfumato.tuning.card import SamplerCard
 
@@ -206,6 +244,8 @@ def load(name_or_path: str | Path) -> Pipeline:
     denoiser = parametrized(net.eval(), process, d["predicts"], null=d["null"], data_std=d["data_std"])
     conditioner = conditioners.registry.get(d["conditioner"]["name"], **d["conditioner"]["config"])
     fields = {k: d[k] for k in ("solver", "grid", "steps", "guidance", "card")}
+    if isinstance(fields["guidance"], str):
+        guidances.get(fields["guidance"])  # says at once where it is none
     return Pipeline(denoiser, codec.eval(), conditioner, tuple(d["size"]), **fields)
 
 

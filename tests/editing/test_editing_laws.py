@@ -29,9 +29,15 @@ def inputs(name: str, n: int) -> dict:
     return {k: v for k, v in every.items() if k in method.needs | method.accepts}
 
 
+def said(name: str, n: int) -> list[str] | None:
+    """The prompts, where the method reads any."""
+    method = editing.get(name)
+    return ["twemoji"] * n if "prompt" in method.needs | method.accepts else None
+
+
 def run(pipe, name, images, options, **more):
     try:
-        return editing.perform(pipe, images, ["twemoji"] * len(images), method=name, steps=6, **options, **more)
+        return editing.perform(pipe, images, said(name, len(images)), method=name, steps=6, **options, **more)
     except InputError as refusal:
         pytest.skip(f"refused: {refusal}")
 
@@ -69,11 +75,11 @@ def test_what_is_needed_is_asked_for_and_what_is_useless_is_refused(pipe, name):
     for key in method.needs - {"prompt"}:
         less = {k: v for k, v in options.items() if k != key}
         with pytest.raises(InputError, match=f"{name} needs"):
-            sf.edit(pipe, image, "twemoji", method=name, **less)
+            sf.edit(pipe, image, said(name, 1), method=name, **less)
     if "prompt" in method.needs:
         with pytest.raises(InputError, match=f"{name} needs"):
             sf.edit(pipe, image, method=name, **options)
     for key, value in {"mask": torch.ones(8, 8), "points": [(1, 1, 2, 2)], "reference": image}.items():
         if key not in method.needs | method.accepts:
             with pytest.raises(InputError, match=f"does not use {key}="):
-                sf.edit(pipe, image, "twemoji", method=name, **options, **{key: value})
+                sf.edit(pipe, image, said(name, 1), method=name, **options, **{key: value})

@@ -30,7 +30,20 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the solver. Default: the model's.")] = None,
     solver: Annotated[str | None, typer.Option(help="E.g. 'dpm-solver++' or 'dpm-solver++(order=3)'.")] = None,
     grid: Annotated[str | None, typer.Option(help="Where the steps lie, e.g. 'logsnr', 'karras(rho=5)'.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free scale; 1 is none.")] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(help="Classifier-free scale (1 is none), or e.g. 'apg(scale=6)'. Default: the model's."),
+    ] = None,
+    negative: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PROMPT", help="What guidance leads away from; may be repeated for 'perp-neg'."),
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="L,T,R,B:PROMPT", help="A prompt for a box in shares of the picture, e.g. '0,0,0.5,1:red heart'."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Picture i depends on (seed, i) and on nothing else.")] = 0,
     cond: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A condition of the model; may be repeated.")
@@ -58,20 +71,20 @@ def sample(
 
     if replay is not None:
         return _replayed(replay, None if out is None else png(out))
-    options = {"solver": solver, "grid": grid, "steps": steps, "guidance": guidance}
+    options = {"solver": solver, "grid": grid, "steps": steps, "guidance": _number(guidance)}
     conditions = named_values([*(cond or ()), *([f"vendor={vendor}"] if vendor else ())])
+    extra = {"negative": list(negative or ()), "regions": [_region(text) for text in region or ()]}
+    extra = {name: given for name, given in extra.items() if given}
     target = out or "out.png"
     if target.endswith("/") or Path(target).is_dir():
         if sampler is not None:
             raise InputError("shards are drawn with --solver, --grid and --steps: --sampler is for a sheet")
-        return _shards(prompts, n, model, options, seed, conditions, Path(target), processes)
+        return _shards(prompts, n, model, options, seed, conditions, extra, Path(target), processes)
     path, count = png(target), n * max(1, len(prompts or ()))
     if count > MOST:
         raise InputError(f"{count} pictures on one sheet: at most {MOST}; --out FOLDER/ writes shards of any number")
-    card = described(model, prompts, n, options, seed, conditions, sampler, force) | {
-        "columns": columns,
-        "scale": scale,
-    }
+    card = described(model, prompts, n, options, seed, conditions, sampler, force) | extra
+    card |= {"columns": columns, "scale": scale}
     picture, seconds = drawn(card)
     return _written(picture, path, card, seconds)
 
@@ -146,6 +159,7 @@ def generated(pipeline: Pipeline, card: Mapping[str, Any]) -> Any:
     """uint8 (N, C, H, W): the pictures of a card, the ``n`` of each prompt together."""
     prompts = [prompt for prompt in card["prompts"] for _ in range(card["n"])]
     settings = {name: card[name] for name in ("guidance", "seed", "cond")}
+    settings |= {name: card[name] for name in ("negative", "regions") if name in card}
     if "sampler" in card:
         from sfumato.tuning.card import SamplerCard
 
@@ -188,6 +202,28 @@ def _replayed(path: Path, out: Path | None) -> Answer:
     return Answer(record | {"seconds": round(seconds, 2)}, f"{path}: {verdict}", 0 if same else FAILED)
 
 
+def _number(guidance: str | None) -> float | str | None:
+    """A scale as a number; anything else is the spec of a guidance."""
+    try:
+        return None if guidance is None else float(guidance)
+    except ValueError:
+        return guidance
+
+
+def _region(text: str) -> list[Any]:
+    """[[left, top, right, bottom], prompt] from "0,0,0.5,1:red heart"."""
+    from sfumato.core.errors import InputError
+
+    where, colon, prompt = text.partition(":")
+    try:
+        left, top, right, bottom = (float(number) for number in where.split(","))
+    except ValueError:
+        colon = ""
+    if not (colon and prompt.strip()):
+        raise InputError(f"a region is written LEFT,TOP,RIGHT,BOTTOM:PROMPT, e.g. '0,0,0.5,1:red heart'; not {text!r}")
+    return [[left, top, right, bottom], prompt.strip()]
+
+
 def _shards(
     prompts: Sequence[str] | None,
     n: int,
@@ -195,6 +231,7 @@ def _shards(
     options: Mapping[str, Any],
     seed: int,
     cond: Mapping[str, str],
+    extra: Mapping[str, Any],
     out: Path,
     processes: int,
 ) -> Answer:
@@ -202,7 +239,7 @@ def _shards(
     from sfumato.cli.shards import make
 
     count = n * max(1, len(prompts or ()))
-    card = described(model, prompts, n, options, seed, cond)
+    card = described(model, prompts, n, options, seed, cond) | dict(extra)
     launched(make, processes, str(out), card, count)
     record = {**card, "out": str(out), "count": count}
     return Answer(record, f"{out}: {count} pictures of {model} in shards (sfumato.training.data.Shards reads them)")

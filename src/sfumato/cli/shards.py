@@ -34,7 +34,9 @@ class Generated:
         prompts = [self.card["prompts"][row // self.card["n"]] for row in rows] if self.card["prompts"] else None
         settings = {name: self.card[name] for name in ("steps", "solver", "grid", "guidance", "cond")}
         settings |= {name: self.card[name] for name in ("negative", "regions") if name in self.card}
-        images = self.pipeline.generate(prompts or len(rows), seed=self.streams.select(rows), batch=len(rows), **settings)
+        images = self.pipeline.generate(
+            prompts or len(rows), seed=self.streams.select(rows), batch=len(rows), **settings
+        )
         return {"x": images} if prompts is None else {"x": images, "caption": prompts}
 
 

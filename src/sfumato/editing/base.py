@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato import codecs, core
 from sfumato.core import Context, Denoiser, Grid, Guidance, InputError, Registry, Solver, State, Step
+from sfumato.guidance import cfg
 
 registry = Registry("edit method", "sfumato.editing.methods")
 register = registry.register
@@ -70,6 +71,10 @@ class Task:
     def guided(self) -> Denoiser:
         """The denoiser that draws the target."""
         return self.guidance(self.denoiser)
+
+    def scaled(self, scale: float | None) -> Denoiser:
+        """The denoiser under classifier-free guidance of this scale; None is the target's own guidance."""
+        return self.guided if scale is None else self.denoiser if scale == 1 else cfg(scale)(self.denoiser)
 
     @property
     def latent_mask(self) -> Tensor | None:

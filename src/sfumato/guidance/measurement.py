@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfumato.core import Context, Denoiser, Guidance, InputError, Posterior, Wrapper, linear
-from sfumato.core.trees import column
+from sfumato.guidance.loss import belief_variance, through_network, tweedie, where_blind
 
 
 class Measured(Wrapper):
@@ -42,19 +41,9 @@ class Measured(Wrapper):
             post = self.inner(x, t, ctx)
             mean = post.mean
             return post.but(x0=linear(1.0, mean, self.scale, self._moved(mean, variance)))
-        keep = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad():
-            at = x if keep else x.detach().requires_grad_()
-            post = self.inner(at, t, ctx)
-            mean = post.mean
-            pull = self._pull(mean, variance)
-            (slope,) = torch.autograd.grad(mean, at, pull if keep else pull.detach(), create_graph=keep)
-        moved = linear(coef.sigma**2 / coef.alpha, slope)
-        if isinstance(coef.alpha, Tensor):  # rows where nothing of x0 is left in x
-            blind = column(coef.alpha == 0, x).bool()
-            moved = torch.where(blind, linear(variance, pull), moved)
-        guided = post.but(x0=linear(1.0, mean, self.scale, moved))
-        return guided if keep else _detached(guided)
+        post, slope, pull = through_network(self.inner, x, t, ctx, lambda mean: (mean, self._pull(mean, variance)))
+        moved = linear(tweedie(coef, variance), where_blind(coef, pull, slope))
+        return post.but(x0=linear(1.0, post.mean, self.scale, moved))
 
     def _moved(self, mean: Tensor, variance: Any) -> Tensor:
         """variance A* (noise^2 + variance A A*)^-1 (y - A mean)."""
@@ -70,20 +59,6 @@ class Measured(Wrapper):
             return self.operator.pull(linear(1.0, self.y, -1.0, self.operator(mean)))  # type: ignore[no-any-return]
         residual = self.operator.residual(mean, self.y).sum()
         return -torch.autograd.grad(residual, mean, create_graph=True)[0]
-
-
-def belief_variance(coef: Any, data_std: float) -> Any:
-    """sigma^2 / (alpha^2 + sigma^2 / data_std^2): of x0 given x_t where x0 ~ N(., data_std^2 I); infinite if both are blind."""
-    if data_std == 0:
-        return 0.0
-    total = coef.alpha**2 + (0.0 if math.isinf(data_std) else coef.sigma**2 / data_std**2)
-    if not isinstance(total, Tensor) and total == 0:
-        return math.inf
-    return coef.sigma**2 / total
-
-
-def _detached(post: Posterior) -> Posterior:
-    return Posterior(post.native.detach(), post.kind, post.x.detach(), post.coef, aux=post.aux)
 
 
 def measurement(

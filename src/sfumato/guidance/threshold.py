@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.core import Denoiser, Guidance, InputError, Posterior, Wrapper
+from sfumato.guidance._registry import register
 
 MODES = ("static", "dynamic")
 
@@ -50,6 +51,7 @@ def quantile(values: Tensor, ratio: float) -> Tensor:
     return torch.lerp(ordered[:, low], ordered[:, high], place - low)
 
 
+@register("threshold")
 def threshold(mode: str = "dynamic", *, ratio: float = 0.995, bound: float = 1.0, codec: Any = None) -> Guidance:
     """Keep x0 inside [-bound, bound], item by item; the state stays and eps follows, so every solver has it.
 

@@ -33,7 +33,7 @@ class Imported(Pipeline):
     law: Law | None = None
     source: Any = None
 
-    def guided(self, guidance: float | Guidance | None = None) -> Any:
+    def guided(self, guidance: float | str | Guidance | None = None) -> Any:
         """The denoiser under this guidance, with the scheduler's clipping around it where it clips."""
         denoiser = super().guided(guidance)
         clip: Callable[[Posterior], Posterior] | None = None if self.law is None else self.law.clip

@@ -58,7 +58,9 @@ class Options:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision = {self.precision!r}: use one of {', '.join(PRECISIONS)}")
         if self.decay not in (None, "cosine", "tail"):
-            raise InputError(f"decay = {self.decay!r}: use None (constant), 'cosine' or 'tail' (constant, then down in the last fifth)")
+            raise InputError(
+                f"decay = {self.decay!r}: use None (constant), 'cosine' or 'tail' (constant, then down in the last fifth)"
+            )
         if self.clip is not None and not self.clip > 0:
             raise InputError(f"clip = {self.clip}: the largest gradient norm is above 0, or None")
 

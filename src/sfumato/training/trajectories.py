@@ -108,17 +108,23 @@ class Trajectories:
 class Stored:
     """What :meth:`Trajectories.write` wrote, in one folder or several, as a data set for :class:`~sfumato.training.data.Batches`.
 
-    ``batch`` gives {"states": (B, K, *), "index": (B,), "cond": conditions(indices)}; ``times`` are those of the states.
-    Raises InputError where folders disagree about the times.
+    ``batch`` gives {"states": (B, K, *), "index": (B,), "cond": conditions(indices)}; ``times`` are those of the states. Given,
+    only the states at these times are read, which every folder must hold. Raises InputError where one does not.
     """
 
-    def __init__(self, *paths: str | Path, conditions: Conditions | None = None) -> None:
+    def __init__(
+        self, *paths: str | Path, conditions: Conditions | None = None, times: Sequence[float] | None = None
+    ) -> None:
         self.parts = [Shards(path) for path in paths]
-        if not self.parts or any(part.card["times"] != self.parts[0].card["times"] for part in self.parts):
-            raise InputError(f"trajectories of one grid are wanted, in {[str(p) for p in paths]}")
-        self.times: list[float] = self.parts[0].card["times"]
+        if not self.parts:
+            raise InputError("give at least one folder of trajectories")
+        self.times: list[float] = list(self.parts[0].card["times"] if times is None else times)
+        held = [part.card["times"] for part in self.parts]
+        if any(not set(self.times) <= set(h) or (times is None and h != self.times) for h in held):
+            raise InputError(f"states at {self.times} are wanted of every folder; they hold {held}")
         self.conditions = conditions
-        self._place = [(part, i) for part in self.parts for i in range(len(part))]
+        kept = [[h.index(t) for t in self.times] for h in held]
+        self._place = [(part, i, k) for part, k in zip(self.parts, kept, strict=True) for i in range(len(part))]
 
     def __len__(self) -> int:
         return len(self._place)
@@ -126,9 +132,9 @@ class Stored:
     def batch(self, indices: Iterable[int]) -> dict[str, Any]:
         """Those items with their conditions."""
         states, index = [], []
-        for part, i in (self._place[k] for k in indices):
+        for part, i, kept in (self._place[k] for k in indices):
             row = part.batch([i])
-            states.append(row["states"])
+            states.append(row["states"][:, kept])
             index.append(row["index"])
         fields: dict[str, Any] = {"states": torch.cat(states), "index": torch.cat(index)}
         if self.conditions is not None:

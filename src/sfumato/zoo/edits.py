@@ -92,12 +92,10 @@ def load(kind: str, n: int | None = None, size: int = 64, split: str | None = No
         pairs = [pairs[i] for i in order[:n]]
     first, second = (torch.tensor([pair[side] for pair in pairs]) for side in (0, 1))
     before, after = items.images[first], items.images[second]
-    return Edits(
-        kind, before, after,
-        *([items.captions[i] for i in side.tolist()] for side in (first, second)),
-        *({"vendor": [emoji.VENDORS[v] for v in items.vendor[side].tolist()]} for side in (first, second)),
-        torch.ones_like(before[:, :1]).float() if kind == "vendor" else difference(before, after),
-    )  # fmt: skip
+    texts = [[items.captions[i] for i in side.tolist()] for side in (first, second)]
+    vendors = [{"vendor": [emoji.VENDORS[v] for v in items.vendor[side].tolist()]} for side in (first, second)]
+    mask = torch.ones_like(before[:, :1]).float() if kind == "vendor" else difference(before, after)
+    return Edits(kind, before, after, texts[0], texts[1], vendors[0], vendors[1], mask)
 
 
 def difference(before: Tensor, after: Tensor, threshold: int = 24, margin: int = 2) -> Tensor:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from sfumato import grids
 from sfumato.core import mix
-from sfumato.pipeline import load
-from sfumato.training.trajectories import Trajectories
+from sfumato.guidance import cfg
+from sfumato.networks import perceptual_distance
+from sfumato.objectives.distill import DistributionMatching, Segments
+from sfumato.pipeline import Pipeline, load
+from sfumato.training import Trainer
+from sfumato.training.data import Batches
+from sfumato.training.trajectories import Stored, Trajectories
 from sfumato.zoo import captions, emoji
+from sfumato.zoo.encoders import load_encoder
 from sfumato.zoo.make_emoji import SKIN_TONE_WEIGHT, VENDORS
 
 TEACHER, GUIDANCE = "emoji-latent", 3.0
-TIMES = (1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.16, 0.06, 0.0)  # of the teacher; the student takes every second
-PART = 8192  # trajectories a folder
+TRAJECTORIES = "emoji-latent-trajectories"
+TIMES = (
+    1.0,
+    0.9,
+    0.75,
+    0.6,
+    0.45,
+    0.3,
+    0.16,
+    0.06,
+    0.0,
+)  # of the teacher; the student of four steps takes every second
+PART, APART = 1024, 1000  # trajectories a folder; the first part of other requests
+SEEN = 0.5  # weight of the looks
 UNNAMED, SILENT = 0.15, 0.03  # how often no vendor, and no text, is asked for
 
 
@@ -54,16 +73,121 @@ class Requests:
 def trajectories(part: int) -> Trajectories:
     """Trajectories ``part`` PART .. (part + 1) PART of the guided teacher, 8 calls each."""
     teacher = load(TEACHER)
-    grid = grids.fixed(TIMES)
     return Trajectories(
-        teacher.guided(GUIDANCE), PART, teacher.codec.shape(*teacher.size), conditions=Requests(), solver="arc", grid=grid,
-        steps=len(TIMES) - 1, first=part * PART,
+        teacher.guided(GUIDANCE), PART, teacher.codec.shape(*teacher.size), conditions=Requests(), solver="arc",
+        grid=f"piecewise(times={TIMES})", steps=len(TIMES) - 1, first=part * PART,
     )  # fmt: skip
 
 
-def write_trajectories(run: Path, part: int) -> Path:
-    """Solve one part into ``run``; what is there already is kept."""
-    card: Mapping[str, Any] = {"teacher": TEACHER, "guidance": GUIDANCE}
-    folder = run / f"{part:02d}"
-    trajectories(part).write(folder, dtype=torch.float16, per_shard=1024, card=card)
-    return folder
+def further(part: int, run: Path) -> Trajectories:
+    """Pairs of the student of four steps in ``run``, of requests that the teacher was not asked: a sixth of the teacher's cost."""
+    student = learnt(make_four, run).eval().requires_grad_(False)
+    return Trajectories(
+        student, PART, load(TEACHER).codec.shape(64, 64), conditions=Requests(), solver="ddim",
+        grid=f"piecewise(times={TIMES[::2]})", steps=4, keep="ends", first=(APART + part) * PART,
+    )  # fmt: skip
+
+
+def written(run: Path, parts: int, make: Callable[[int], Trajectories], card: Mapping[str, Any]) -> list[Path]:
+    """The folders of the first parts in ``run``; what is not there is solved now."""
+    folders = [run / f"{part:02d}" for part in range(parts)]
+    for part, folder in enumerate(folders):
+        if not (folder / "index.json").is_file():
+            make(part).write(folder, dtype=torch.float16, per_shard=PART, card=card)
+    return folders
+
+
+def solved(run: Path, parts: int) -> list[Path]:
+    """The teacher's trajectories."""
+    return written(run / TRAJECTORIES, parts, trajectories, {"teacher": TEACHER, "guidance": GUIDANCE})
+
+
+def batches(folders: Sequence[Path], times: Sequence[float], size: int) -> Batches:
+    """Batches of the states at these times."""
+    data = Stored(*folders, conditions=Requests(), times=times)
+    return Batches(data, size, transform=lambda batch: {"states": batch["states"], "cond": batch["cond"]})
+
+
+def four() -> Any:
+    """The network of the teacher, to become the student of four steps."""
+    return copy.deepcopy(load(TEACHER).denoiser).train().requires_grad_()
+
+
+def make_four(out: Path, steps: int = 2600, batch: int = 32, parts: int = 8) -> Trainer:
+    """Train ``emoji-latent-4``: the guided teacher's moves over four segments, each in one call."""
+    return Trainer(
+        Segments(four(), TIMES[::2], read="native"), batches(solved(out.parent, parts), TIMES[::2], batch), steps=steps, out=out,
+        lr=3e-4, betas=(0.9, 0.99), warmup=100, decay="cosine", ema=0.998, clip=1.0, save_every=100, log_every=25,
+        config={"model": "emoji-latent-4", "batch": batch, "parts": parts},
+    )  # fmt: skip
+
+
+def learnt(make: Callable[[Path], Trainer], run: Path) -> Any:
+    """The averaged student of another training."""
+    trainer = make(run)
+    trainer.load()
+    return trainer.averaged()["student"]
+
+
+class Looks(nn.Module):
+    """How unlike two codes look: the perceptual distance of their pictures to ``emoji-encoder``, (B,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codec, self.encoder = load(TEACHER).codec, load_encoder("emoji-encoder")
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return perceptual_distance(self.encoder, *(F.avg_pool2d(self.codec.decode(z), 2) for z in (a, b)))  # type: ignore[arg-type]
+
+
+def pairs(run: Path, parts: int, more: int) -> list[Path]:
+    """Noise and samples: of the teacher, and of the student of four steps."""
+    first = run / "emoji-latent-4"
+    card = {"teacher": "emoji-latent-4", "guidance": 1.0}
+    return [*solved(run, parts), *written(run / "emoji-latent-4-pairs", more, lambda part: further(part, first), card)]
+
+
+def make_pairs(out: Path, steps: int = 2000, batch: int = 32, parts: int = 8, more: int = 10) -> Trainer:
+    """Train the beginning of ``emoji-latent-1``: samples from their noise, in codes and in looks."""
+    student = learnt(make_four, out.parent / "emoji-latent-4").train().requires_grad_()
+    objective = Segments(student, (1.0, 0.0), read="native", looks=Looks(), seen=SEEN)
+    return Trainer(
+        objective, batches(pairs(out.parent, parts, more), (1.0, 0.0), batch), steps=steps, out=out, lr=3e-4,
+        betas=(0.9, 0.99), warmup=100, decay="cosine", ema=0.998, clip=1.0, save_every=100, log_every=25,
+        config={"model": "emoji-latent-1-pairs", "batch": batch, "parts": parts, "more": more},
+    )  # fmt: skip
+
+
+def make_one(out: Path, steps: int = 400, batch: int = 32, parts: int = 8, more: int = 10) -> Trainer:
+    """Train ``emoji-latent-1``: distribution matching from that beginning, with the pairs beside it."""
+    student = learnt(make_pairs, out.parent / "emoji-latent-1-pairs").train().requires_grad_()
+    teacher = load(TEACHER).denoiser
+    critic = copy.deepcopy(teacher).train().requires_grad_()
+    objective = DistributionMatching(student, cfg(GUIDANCE)(teacher), critic, pairs=1.0)
+    return Trainer(
+        objective, batches(pairs(out.parent, parts, more), (1.0, 0.0), batch), steps=steps, out=out,
+        lr={"student": 5e-5, "critic": 2e-4}, betas=(0.9, 0.99), warmup=50, ema={"student": 0.99, "critic": 0.0}, clip=1.0,
+        save_every=50, log_every=10, config={"model": "emoji-latent-1", "batch": batch, "parts": parts, "more": more},
+    )  # fmt: skip
+
+
+MAKERS: dict[str, Callable[..., Trainer]] = {
+    "emoji-latent-4": make_four, "emoji-latent-1-pairs": make_pairs, "emoji-latent-1": make_one,
+}  # fmt: skip
+
+
+def bundle(student: Any, facts: Mapping[str, Any], name: str) -> Pipeline:
+    """The student as a pipeline: the teacher's codec and conditions, its own times, guidance inside."""
+    teacher = load(TEACHER)
+    times = TIMES[::2] if name == "emoji-latent-4" else (1.0, 0.0)
+    card = {
+        **facts,
+        "teacher": {"model": TEACHER, "guidance": GUIDANCE, "calls a trajectory": len(TIMES) - 1},
+        "method": "one step a segment of the teacher's trajectories"
+        if name == "emoji-latent-4"
+        else "pairs of the teacher, then distribution matching",
+    }
+    return Pipeline(
+        student, teacher.codec, teacher.conditioner, teacher.size, solver="ddim", grid=f"piecewise(times={times})",
+        steps=len(times) - 1, guidance=1.0, card=card,
+    )  # fmt: skip

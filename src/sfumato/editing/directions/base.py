@@ -144,4 +144,38 @@ def collect(
     return Latents(torch.cat(features_, 1), tuple(kept), path, torch.cat(starts), torch.cat(ends))  # type: ignore[arg-type]
 
 
-__all__ = ["Direction", "Latents", "collect"]
+@torch.no_grad()
+def collect_noised(
+    denoiser: Denoiser,
+    x0: Tensor,
+    *,
+    grid: str | Grid = "uniform",
+    steps: int = 25,
+    cond: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    path: str | None = None,
+    batch: int = 64,
+) -> Latents:
+    """Data x0 (N, *) noised independently at every time of a grid, and the output of one submodule there.
+
+    x_t = alpha_t x0 + sigma_t eps_t is what an edit-friendly inversion (Huberman-Spiegelglas, Kulikov, Michaeli, 2024) visits,
+    so the features are those that a shift meets when a real image is edited. ``start`` of the result is x_t at the first
+    time, ``x0`` the data. Item i depends on (seed, i) only.
+    """
+    path = bottleneck(denoiser) if path is None else path
+    process, times_of = denoiser.process, grids.registry.make(grid) if isinstance(grid, str) else grid
+    times = tuple(times_of(process, steps, 1.0, 0.0).tolist()[:-1])
+    streams, found, starts = Streams.of(seed, len(x0)), [], []
+    for low in range(0, len(x0), batch):
+        rows = slice(low, min(low + batch, len(x0)))
+        x, told = x0[rows], {k: v[rows] if isinstance(v, Tensor) else v for k, v in (cond or {}).items()}
+        ctx = Context(cond=told, rng=streams.select(rows), batch=len(x), dtype=x.dtype, device=x.device)
+        noised = [process.corrupt(x, t, ctx)[0] for t in times]
+        found.append(
+            torch.stack([features(denoiser, *at, ctx, [path])[1][path] for at in zip(noised, times, strict=True)])
+        )
+        starts.append(noised[0])
+    return Latents(torch.cat(found, 1), times, path, torch.cat(starts), x0)
+
+
+__all__ = ["Direction", "Latents", "collect", "collect_noised"]

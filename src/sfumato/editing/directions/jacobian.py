@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from sfumato.core import Context, Denoiser, InputError, Streams
-from sfumato.core.context import Tap
-from sfumato.denoisers.features import bottleneck, changing, features, network
-from sfumato.networks.layers import Attention
+from sfumato.denoisers.features import bottleneck, changing, features
 
 
 class Spectrum(NamedTuple):
@@ -53,8 +51,8 @@ def singular_vectors(
     right = (turn @ basis.flatten(2))[:, :k]
     left, values = left.transpose(1, 2)[:, :k], values[:, :k]
     sign = right.gather(2, right.abs().argmax(2, keepdim=True)).sign()  # the largest entry is positive
-    right, left = (right * sign).view_as(basis[:, :k]), (left * sign).reshape(len(left), k, *image.shape[2:])
-    square = values.square().view(*values.shape, *[1] * (right.ndim - 2))
+    right, left = (right * sign).reshape(basis[:, :k].shape), (left * sign).reshape(len(left), k, *image.shape[2:])
+    square = values.square().reshape(*values.shape, *[1] * (right.ndim - 2))
     gap = vjp(jvp(_padded(right, basis)))[:, :k] - square * right
     largest = values[:, :1].square().clamp(min=torch.finfo(values.dtype).tiny)
     return Spectrum(values, right, left, gap.flatten(2).norm(dim=2) / largest)
@@ -80,8 +78,7 @@ def jacobian_directions(
     what changes inside the mask counts only. Each iteration costs a forward-mode and a reverse-mode pass of k + extra rows
     an item. ``right`` are the directions in h; ``left`` what they do to the reading.
 
-    Attention of ours runs explicitly meanwhile, by taps; a foreign network's by the math kernel, which is a setting of the
-    whole process: do not run that beside other threads. Raises InputError for an empty mask. Source: Haas et al. 2024.
+    Raises InputError for an empty mask. Source: Haas et al. 2024.
     """
     path = bottleneck(denoiser) if path is None else path
     if mask is not None and not bool((mask != 0).flatten(1).any(1).all()):
@@ -93,8 +90,9 @@ def jacobian_directions(
     q = min(q, h[0].numel())
     start = Streams.of(seed, n).normal(x.new_empty(n, q, *h.shape[1:]))
     many = {c: v.repeat_interleave(q, 0) if isinstance(v, Tensor) and len(v) == n else v for c, v in base.cond.items()}
-    ctx = base.fork(cond=many, batch=n * q, taps=_explicit(denoiser))
-    rows, window = x.repeat_interleave(q, 0), None if mask is None else mask.expand(n, *mask.shape[1:]).repeat_interleave(q, 0)
+    ctx = base.fork(cond=many, batch=n * q)
+    rows = x.repeat_interleave(q, 0)
+    window = None if mask is None else mask.expand(n, *mask.shape[1:]).repeat_interleave(q, 0)
 
     def believed(shift: Tensor) -> Tensor:
         told = denoiser(rows, t, ctx.fork(taps=[changing(path, lambda out: out + shift)])).view(reading)
@@ -104,26 +102,36 @@ def jacobian_directions(
         return lambda v: product(v.flatten(0, 1)).detach().unflatten(0, (n, q))
 
     still = torch.zeros_like(start).flatten(0, 1)
-    with _differentiable(denoiser):
-        _, pull = torch.func.vjp(believed, still)
+    with _Spelled():
+        pull: Any = torch.func.vjp(believed, still)[1]
         return singular_vectors(
             stacked(lambda v: torch.func.jvp(believed, (still,), (v,))[1]), stacked(lambda u: pull(u)[0]),
             start, k, iterations,
         )  # fmt: skip
 
 
-def _explicit(denoiser: Denoiser) -> list[tuple[str, Tap]]:
-    """Taps that make our attention spell out its probabilities: the fused kernels have no forward-mode derivative."""
+class _Spelled(TorchFunctionMode):
+    """While it lasts, in this thread only, what has no forward-mode derivative as a fused kernel runs as its definition:
+    attention, and group normalisation of channels-last maps.
+    """
 
-    def around(ctx: Context, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(*args, **{**kwargs, "explicit": True})
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        if func is F.group_norm:
+            return _group_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
-    return [(path, around) for path, m in network(denoiser).named_modules() if isinstance(m, Attention)]
 
-
-def _differentiable(denoiser: Denoiser) -> AbstractContextManager[Any]:
-    ours = any(isinstance(m, Attention) for m in network(denoiser).modules())
-    return nullcontext() if ours else sdpa_kernel(SDPBackend.MATH)
+def _group_norm(
+    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    parts = x.reshape(len(x), groups, -1)
+    variance, mean = torch.var_mean(parts, 2, correction=0, keepdim=True)
+    y = ((parts - mean) * (variance + eps).rsqrt()).reshape(x.shape)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def project_out(direction: Direction, others: Sequence[Direction]) -> Direction:
         confounders = torch.stack([other.at(t).flatten().double() for other in others], 1)
         if confounders.shape[0] != len(flat):
             raise InputError(f"directions of {confounders.shape[0]} and {len(flat)} numbers lie in different spaces")
-        out.append((flat - confounders @ torch.linalg.lstsq(confounders, flat, driver="gelsd").solution).to(v).view_as(v))
+        shadow = confounders @ torch.linalg.lstsq(confounders, flat, driver="gelsd").solution
+        out.append((flat - shadow).to(v).view_as(v))
     return replace(direction, vectors=torch.stack(out))
 
 

@@ -1,0 +1,82 @@
+"""The methods of distillation by slug: which objective, what of a trajectory it reads, how the student samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato import grids
+from sfumato.core import InputError, Objective
+from sfumato.distillation.job import Job, rewrapped
+from sfumato.networks.scalars import with_scalars
+from sfumato.objectives.distill import Consistency, DistributionMatching, Segments
+
+LCM_RANGE = 2.0  # lcm draws its guidance from the pipeline's scale up and down by this factor
+
+
+def _noisiest(process: Any) -> float:
+    """The latest of 1000 times at which alpha is at least 0.01, so that states of a sub-path can be scaled to each other."""
+    return next(k / 1000 for k in range(1000, 0, -1) if process.coef(k / 1000).alpha >= 0.01)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a slug becomes an objective: what of a trajectory it reads, its sampler, and its adapters' rank."""
+
+    make: Callable[[Job], Objective]
+    reads: str
+    solver: str = "ddim"
+    rank: int = 0
+
+
+def _segments(job: Job) -> Objective:
+    return Segments(job.student, job.times, read="native")
+
+
+def _rectified(job: Job) -> Objective:
+    return Segments(job.student, job.times, inside=1.0, metric="huber")
+
+
+def _reflow(job: Job) -> Objective:
+    if job.pipeline.denoiser.predicts != "flow":
+        raise InputError("reflow is for models that predict 'flow': 'rectified-diffusion' is the same for any other")
+    return Segments(job.student, [1.0, 0.0], inside=1.0, read="native")
+
+
+def _consistency(job: Job, **options: Any) -> Objective:
+    times = grids.get("arc")(job.pipeline.process, 4 * job.settings.teacher_calls, job.times[0], 0.0).tolist()
+    return Consistency(job.student, times, job.teacher, skip=2, substeps=2, **options)
+
+
+def _lcm(job: Job) -> Objective:
+    times = grids.get("uniform")(job.pipeline.process, 50, job.times[0], 0.0).tolist()
+    span = (max(job.scale / LCM_RANGE, 1.0), job.scale * LCM_RANGE) if job.scale != 1 else None
+    return Consistency(job.student, times, job.pipeline.denoiser, guidance=span, boundary="lcm")
+
+
+def _slam(job: Job) -> Objective:
+    student = job.student
+    job.__dict__["student"] = rewrapped(student, with_scalars(student.net, {"gamma": 1.0}))
+    high = _noisiest(job.pipeline.process)
+    times = grids.get("uniform")(job.pipeline.process, 50, high, 0.0).tolist()
+    return Consistency(job.student, times, job.teacher, skip=5, substeps=2, gamma="uniform")
+
+
+def _matching(job: Job) -> Objective:
+    times, critic = [*job.times[:-1], 0.0], job.copied().train()
+    return DistributionMatching(
+        job.student, job.teacher, critic, times, pairs=1.0 if len(times) == 2 else 0.0, shape=job.shape
+    )
+
+
+METHODS: dict[str, Method] = {
+    "segments": Method(_segments, "states"),
+    "progressive": Method(_segments, "x"),
+    "rectified-diffusion": Method(_rectified, "states"),
+    "reflow": Method(_reflow, "pairs"),
+    "consistency": Method(_consistency, "x", "consistency"),
+    "lcm-lora": Method(_lcm, "x", "lcm", rank=8),
+    "slam": Method(_slam, "x", "consistency"),
+    "distribution-matching": Method(_matching, "pairs"),
+}

@@ -1,0 +1,175 @@
+"""Consistency distillation and training, with guidance inside, over phases and along sub-paths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import solvers
+from sfumato.core import Context, Denoiser, Frozen, InputError, Loss, Objective, Posterior, Solver, linear
+from sfumato.denoisers.boundaries import boundary as boundary_form
+from sfumato.guidance import cfg
+from sfumato.objectives.denoising import drop
+from sfumato.objectives.distill._common import distance, falling, moved, one_of, readable, streams
+from sfumato.objectives.times import unit
+
+
+class Consistency(Objective):
+    """min E d(f(x_t, t), sg f'(x_s, s)): the student says the same at both ends of a sub-path t > s of a trajectory.
+
+    f is the end of the trajectory, or of the phase, that x_t is in: alpha_e x0 + sigma_e eps at the end time e, or a
+    boundary form of x and x0. Where s = e the target is x_s itself. x_t is data with noise.
+
+    student    player 'student'
+    times      t_0 > ... > t_N; n is uniform, t = t_n and s = t_{n + skip}
+    teacher    a Denoiser whose ``substeps`` steps of ``solver`` lead from x_t to x_s; None trains without one: x_s is the
+               same data with the same noise (consistency training)
+    guidance   of the teacher: a scale, or (low, high) from which each item draws its own, which a student that reads a
+               condition 'guidance' is told; None: the teacher as it is. Scales are those of :func:`sfumato.guidance.cfg`
+    boundary   'x0' | 'lcm' | 'karras', see :mod:`sfumato.denoisers.boundaries`; the last two have one phase
+    phases     how many pieces of equally many steps; each is learnt to its own end
+    gamma      1: the sub-path's noisy end only. 'uniform': also the line x_g = (1 - g) (alpha_t / alpha_s) x_s + g x_t with
+               g ~ U(0, 1), whose noise is sigma_g = (1 - g) (alpha_t / alpha_s) sigma_s + g sigma_t; the student reads a
+               condition 'gamma' (:func:`sfumato.networks.scalars.with_scalars`), which is 1 when sampling
+    target     f' is an average of the student's weights with this decay; 0: the student itself
+    metric     'l2' | 'l1' | 'huber' with ``scale``
+
+    A batch is {"x": data, "cond"}. gamma = 'uniform' at g = 1 is consistency distillation. Sources: Song, Dhariwal, Chen,
+    Sutskever, 2023, "Consistency Models"; Luo et al., 2023, "Latent Consistency Models" and "LCM-LoRA"; Wang et al., 2024,
+    "Phased Consistency Models"; Xu et al., 2024, "Accelerating Image Generation with Sub-path Linear Approximation Model".
+    """
+
+    def __init__(
+        self,
+        student: Denoiser,
+        times: Sequence[float],
+        teacher: Denoiser | None = None,
+        *,
+        skip: int = 1,
+        substeps: int = 1,
+        solver: str | Solver = "ddim",
+        guidance: float | tuple[float, float] | None = None,
+        boundary: str = "x0",
+        phases: int = 1,
+        gamma: float | str = 1.0,
+        target: float = 0.0,
+        metric: str = "huber",
+        scale: float = 1e-3,
+        dropout: float | Mapping[str, float] = 0.0,
+    ) -> None:
+        super().__init__()
+        self._times = falling(times)
+        steps = len(self._times) - 1
+        if not 1 <= skip <= steps or substeps < 1 or not 1 <= phases <= steps or steps % phases:
+            raise InputError(
+                f"skip = {skip}, substeps = {substeps}, phases = {phases} with {steps} steps: skip and substeps at least 1, "
+                "phases a divisor of the steps"
+            )
+        if phases > 1 and boundary != "x0":
+            raise InputError(f"boundary = {boundary!r} is for one phase: several are read at their ends ('x0')")
+        boundary_form(boundary, student.process.coef(float(self._times[0])), float(self._times[0]))
+        if gamma not in (1, "uniform") or (gamma != 1 and teacher is None):
+            raise InputError(f"gamma = {gamma!r}: 1, or 'uniform' with a teacher")
+        if teacher is None and guidance is not None:
+            raise InputError("guidance is the teacher's: give a teacher, or guidance=None")
+        if not 0 <= target < 1:
+            raise InputError(f"target = {target}: a decay in [0, 1)")
+        if gamma != 1 and student.process.coef(float(self._times[0])).alpha < 1e-3:
+            raise InputError(
+                f"sub-paths need alpha > 0.001 at their noisy end: begin below t = {float(self._times[0]):g}"
+            )
+        readable(student, self._times[:-1].tolist())
+        self.student, self.teacher = student, None if teacher is None else Frozen(teacher)
+        self.average = copy.deepcopy(student).requires_grad_(False) if target else None
+        self.solver: Solver = solvers.registry.make(solver) if isinstance(solver, str) else solver
+        if self.solver.stochastic:
+            raise InputError(f"{type(self.solver).__name__} draws noise: a sub-path needs a deterministic solver")
+        self.skip, self.substeps, self.guidance, self.boundary, self.phases = skip, substeps, guidance, boundary, phases
+        self.gamma, self.target, self.metric, self.scale, self.dropout = gamma, target, metric, scale, dropout
+
+    def players(self) -> Mapping[str, nn.Module]:
+        return {"student": self.student}
+
+    def after_step(self, it: int) -> None:
+        if self.average is not None:
+            for mean, p in zip(self.average.parameters(), self.student.parameters(), strict=True):
+                mean.lerp_(p, 1 - self.target)
+
+    def forward(self, batch: Mapping[str, Any], ctx: Context, player: str = "student") -> Loss:
+        if "x" not in batch:
+            raise InputError(f"Consistency reads batch['x'], the data; the batch has {sorted(batch)}")
+        process, x0 = self.student.process, batch["x"]
+        t, s, e = (v.to(x0.device) for v in self._path(ctx))
+        cond = dict(drop(batch.get("cond", {}), self.student.null, self.dropout, ctx))
+        noise: Any = ctx.draw(process.space, x0)
+        scale = self._scale(ctx, len(x0))
+        if isinstance(scale, Tensor) and "guidance" in (getattr(self.student, "reads", None) or ()):
+            cond["guidance"] = scale.to(x0)
+        with torch.no_grad():
+            x, _ = process.corrupt(x0, t, ctx, noise=noise)
+            y = self._lower(x, x0, noise, t, s, ctx.fork(cond=batch.get("cond", {})), scale)
+            there = self.student if self.average is None else self.average
+            aim = self._end(there, y, s, e, ctx.fork("target", cond=self._told(cond, 1.0, x0), look=True))
+            last = (s == e).view(-1, *[1] * (x.ndim - 1))
+            aim = torch.where(last, y if self.boundary == "x0" else y / process.coef(e).alpha.to(y).view_as(last), aim)
+        share: Any = 1.0
+        sigma = None
+        if self.gamma == "uniform":
+            share = unit(streams(ctx)).to(x0.device)
+            x, sigma = self._line(x, y, t, s, share)
+        said = self._end(self.student, x, t, e, ctx.fork(cond=self._told(cond, share, x0)), sigma)
+        error = distance(said, aim, self.metric, self.scale)
+        return Loss(error.mean(), {"error": error.detach().mean()})
+
+    def _path(self, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """t, s and the end of the phase, (B,) each."""
+        steps = len(self._times) - 1
+        n = one_of(steps, ctx)
+        length = steps // self.phases
+        end = (n // length + 1) * length
+        return self._times[n], self._times[(n + self.skip).minimum(end)], self._times[end]
+
+    def _scale(self, ctx: Context, n: int) -> float | Tensor | None:
+        if not isinstance(self.guidance, tuple):
+            return self.guidance
+        low, high = self.guidance
+        return low + (high - low) * unit(streams(ctx))
+
+    def _lower(
+        self, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor, s: Tensor, ctx: Context, scale: float | Tensor | None
+    ) -> Tensor:
+        """The cleaner end of the sub-path from x."""
+        if self.teacher is None:
+            return self.student.process.corrupt(x0, s, ctx, noise=noise)[0]  # type: ignore[no-any-return]
+        teacher: Any = self.teacher if scale is None else cfg(scale)(self.teacher)  # type: ignore[arg-type]
+        return moved(teacher, self.solver, x, t, s, self.substeps, ctx)
+
+    def _line(self, x: Tensor, y: Tensor, t: Tensor, s: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """A state on the line between the ends of the sub-path, and its noise."""
+        a, b = self.student.process.coef(t), self.student.process.coef(s)
+        ratio = (1 - share) * a.alpha / b.alpha
+        return linear(ratio, y, share, x), ratio * b.sigma + share * a.sigma
+
+    def _told(self, cond: Mapping[str, Any], share: float | Tensor, like: Tensor) -> Mapping[str, Any]:
+        if self.gamma == 1:
+            return cond
+        value = share.to(like) if isinstance(share, Tensor) else torch.full((len(like),), share).to(like)
+        return {**cond, "gamma": value}
+
+    def _end(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, e: Tensor, ctx: Context, sigma: Tensor | None = None
+    ) -> Tensor:
+        """f(x, t): what the denoiser says of the end."""
+        post: Posterior = denoiser(x, t, ctx)
+        if sigma is not None:
+            post = replace(post, coef=post.coef._replace(sigma=sigma))
+        if self.boundary == "x0":
+            c = self.student.process.coef(e)
+            return post.at(c.alpha, c.sigma)
+        a, b = boundary_form(self.boundary, post.coef, t)
+        return linear(a, x, b, post.mean)  # type: ignore[no-any-return]
