@@ -2,7 +2,8 @@
 
 Each method runs as a user gets it, at its own numbers, on the same pictures of ``sfumato.zoo.edits`` with the same model,
 guidance and steps; ``--solver`` and ``--steps`` give all of them another sampler. A method that takes a mask gets the true
-one where the kind of edit has one, and appears a second time with it. What needs points or a second picture is left out.
+one where the kind of edit has one, and appears a second time with it. What needs points, a second picture or a learned direction
+is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def arms(kind: str, names: Sequence[str]) -> list[tuple[str, bool]]:
     made = []
     for name in names:
         method = sf.editing.get(name)
+        if "prompt" not in method.needs:  # it goes along a direction that is learned from examples, not to what words say
+            continue
         if method.needs <= {"prompt", "source"}:
             made.append((name, False))
         if (

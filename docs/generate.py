@@ -1,5 +1,5 @@
-"""Write docs/reference/ and the README's table from what is registered and from every command's help, and docs/samplers.md from
-its measurements: ``make docs``."""
+"""Write docs/reference/ and the README's table from what is registered and from every command's help, and docs/samplers.md and
+docs/editing.md from their measurements: ``make docs``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from sfumato import codecs, evaluation, grids, networks, recipes, solvers
+from sfumato import codecs, editing, evaluation, grids, networks, recipes, solvers
 from sfumato.cli import app
 from sfumato.zoo import sets
 
@@ -20,6 +20,7 @@ README = Path(__file__).parent.parent / "README.md"
 REGISTRIES = {
     "solvers": solvers.registry,
     "grids": grids.registry,
+    "edits": editing.registry,
     "networks": networks.base.registry,
     "codecs": codecs.base.registry,
     "metrics": evaluation.METRICS,
@@ -106,7 +107,8 @@ def main() -> None:
     for name, text in pages().items():
         (OUT / name).write_text(text, "utf-8")
     README.write_text(with_systems(README.read_text("utf-8")), "utf-8")
-    importlib.import_module("samplers").write()  # beside this file
+    for page in ("samplers", "editing"):  # beside this file
+        importlib.import_module(page).write()
     print(f"{OUT}: {len(pages())} pages")
 
 
