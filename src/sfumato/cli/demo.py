@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MODELS = ("emoji-latent", "emoji-pixel")
 WORDS = 8  # of the demo's prompts: pictures in a row
-SHOWN = (5, 10, 20)
+SHOWN = (5, 10)
 TILE, MARGIN, LABEL, TEXT = 96, 8, 190, 15
 INK, FAINT, PAPER = (25, 25, 30), (110, 110, 120), (255, 255, 255)
 
@@ -68,6 +68,8 @@ def drawn(names: Sequence[str], words: Sequence[str], seed: int) -> list[Row]:
     jobs: list[Callable[[], Row]] = []
     for name, pipeline in pipelines.items():
         jobs += [partial(said, name, pipeline, words, seed, style) for style in styles(pipeline)]
+    jobs += [partial(edited, name, p, seed) for name, p in list(pipelines.items())[:1] if speaks_emoji(p)]
+    jobs += [partial(restored, name, p, seed) for name, p in list(pipelines.items())[-1:] if in_pixels(p)]
     jobs += [
         partial(emerging, *first, words, seed),
         *(partial(compared, *first, words, seed, steps) for steps in SHOWN),
@@ -122,6 +124,61 @@ def compared(name: str, pipeline: Pipeline, words: Sequence[str], seed: int, ste
     options: dict[str, Any] = {"seed": seed, "steps": steps, "cond": styles(pipeline)[0]}
     both = [pipeline.generate(spoken, solver=solver, **options) for solver in ("ddim", pipeline.solver)]
     return Row(f"{name}, {steps} steps\nleft: ddim\nright: {pipeline.solver}", torch.cat(both), [*some, *some])
+
+
+def speaks_emoji(pipeline: Pipeline) -> bool:
+    """Whether it reads words and the styles of the bundled drawings, so that those can be edited."""
+    from sfumato.conditioners import Text
+
+    return isinstance(pipeline.conditioner, Text) and styles(pipeline) != [{}]
+
+
+def in_pixels(pipeline: Pipeline) -> bool:
+    """Whether its process runs on the pixels of emoji, so that a measurement of them is linear in its state."""
+    from sfumato.codecs import Identity
+
+    return speaks_emoji(pipeline) and isinstance(pipeline.codec, Identity)
+
+
+def edited(name: str, pipeline: Pipeline, seed: int) -> Row:
+    """Drawings of another colour and skin tone than they had: before, after."""
+    import torch
+
+    import sfumato as sf
+    from sfumato.zoo import edits
+
+    pictures, captions = [], []
+    for kind in ("colour", "tone"):
+        some = edits.load(kind, 2, pipeline.size[0], seed=seed)
+        after = sf.edit(
+            pipeline, some.before, some.target, source=some.source, cond=some.cond, source_cond=some.source_cond,
+            method="edit-friendly", steps=pipeline.steps, seed=seed,
+        )  # fmt: skip
+        pictures.append(torch.stack([some.before, after], 1).flatten(0, 1))
+        captions += [text for pair in zip(some.source, some.target, strict=True) for text in pair]
+    return Row(f"{name}\nan edit: before, after\nedit-friendly", torch.cat(pictures), captions)
+
+
+def restored(name: str, pipeline: Pipeline, seed: int) -> Row:
+    """Drawings that no model was trained on, of which the middle is hidden: what is seen, and what is drawn there."""
+    import torch
+
+    import sfumato as sf
+    from sfumato.zoo import emoji
+
+    items = emoji.load(pipeline.size[0], split="unseen", skin_tones=False)
+    rows = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:4].tolist()
+    shown = items.select(rows)
+    operator = sf.operators.get("mask", hidden=0.4, noise=0.02)
+    x0 = pipeline.codec.encode(shown.images)
+    seen = operator(x0)
+    after = pipeline.generate(
+        shown.captions, cond={"vendor": [emoji.VENDORS[v] for v in shown.vendor.tolist()]}, seed=seed,
+        guidance=lambda d: sf.guidance.measurement(operator, seen)(sf.guidance.cfg(2.0)(d)),
+    )  # fmt: skip
+    blank = torch.where(operator.keep(*x0.shape[1:]), shown.images, torch.tensor(128, dtype=torch.uint8))
+    captions = [text for caption in shown.captions for text in (caption, "restored")]
+    return Row(f"{name}\na restoration\nhidden, drawn again", torch.stack([blank, after], 1).flatten(0, 1), captions)
 
 
 def _spoken(pipeline: Pipeline, words: Sequence[str]) -> Any:
