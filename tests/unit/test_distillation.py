@@ -92,3 +92,19 @@ def test_what_cannot_be_is_said() -> None:
     ):
         with pytest.raises(InputError, match=text):
             distill(teacher(), **{"cpu": True, **wrong})
+
+
+@pytest.mark.parametrize("method", ["segments", "lcm-lora"])
+def test_text_pipelines_of_diffusers_learn_the_prompts_they_are_given(method: str) -> None:
+    pytest.importorskip("diffusers")
+    import sfumato as sf
+    from sfumato.interop import tiny
+
+    pipeline = sf.from_diffusers(tiny.pipeline("sd"))
+    with pytest.raises(InputError, match="give the prompts"):
+        distill(pipeline, method, 2, **QUICK)
+    made = distill(pipeline, method, 2, prompts=["a cat", "a red boat"], guidance=3.0, **{**QUICK, "iterations": 2})
+    assert made.guidance == 1.0 and made.source.unet is made.denoiser.net.model  # type: ignore[attr-defined]
+    ours, before = (dict(p.source.unet.named_parameters()) for p in (made, pipeline))  # type: ignore[attr-defined]
+    assert set(ours) == set(before) and any(not torch.equal(ours[k], before[k]) for k in ours)
+    assert made.generate(["a cat"], seed=1).shape == pipeline.generate(["a cat"], steps=2, seed=1).shape

@@ -408,6 +408,10 @@ def test_stored_trajectories_are_the_teachers_sampling_whatever_the_batch(tmp_pa
     assert part["cond"]["row"].tolist() == [12, 2]
     longer = Trajectories(teacher, 14, (2,), solver="arc", grid="uniform", steps=5, seed=7).batch([12, 2])
     torch.testing.assert_close(part["states"], longer["states"], rtol=1e-5, atol=1e-6)
+    ends = Stored(tmp_path / "a", tmp_path / "b", times=(1.0, 0.0)).batch([12, 2])
+    assert "cond" not in ends and torch.equal(ends["states"], part["states"][:, [0, -1]])
+    with pytest.raises(InputError, match="wanted of every folder"):
+        Stored(tmp_path / "a", times=(1.0, 0.123))
     pairs = Trajectories(teacher, 3, (2,), solver="arc", steps=5, keep="ends", seed=7).batch(range(3))["states"]
     assert torch.equal(pairs[:, 0], made.batch(range(3))["states"][:, 0])
 
@@ -479,3 +483,16 @@ def test_generated_pairs_of_a_perfect_generator_follow_the_law_of_real_ones() ->
     objective({"x": g.sample(n, seed=4)}, Context.of(n, 5, dtype=torch.float64), "critic")
     gap = torch.cov(seen["real"].T) - torch.cov(seen["made"].T)
     assert gap.abs().max() < 0.04 and (seen["real"].mean(0) - seen["made"].mean(0)).abs().max() < 0.04
+
+
+def test_looks_are_a_further_distance_of_what_is_clean() -> None:
+    class Unlike(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return (a.sum(1) - b.sum(1)).square()
+
+    batch = states(16)
+    plain, seen = (Segments(small(), [1.0, 0.0], read="x0", looks=looks, seen=3.0) for looks in (None, Unlike()))
+    a, b = (o({"states": batch["states"]}, Context.of(16, 1)) for o in (plain, seen))
+    torch.testing.assert_close(b.total, a.total + 3.0 * b.terms["looks"])
+    x0 = small()(batch["states"][:, 0], torch.ones(16).double(), Context.of(16)).mean
+    torch.testing.assert_close(b.terms["looks"], (x0.sum(1) - batch["states"][:, 1].sum(1)).square().mean())

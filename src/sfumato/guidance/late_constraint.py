@@ -100,8 +100,8 @@ def late_constraint(
     until    layout is decided above it; a target that no picture of the data meets pushes until there
 
     Put it outside of guidance that stacks rows, ``late_constraint(...)(cfg(3.0)(denoiser))``: features are those of the
-    conditional rows. Costs a backward pass a call. Raises InputError for a target of another shape. Source: Liu, Lin, Chen et
-    al., 2024, "LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis" (until 0.5 for edges, 0.6 for masks and
+    conditional rows. Costs a backward pass a call. Raises InputError for a target of another shape. Source: Liu, Li, Zhang, Luo,
+    Liu, 2024, "LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis" (until 0.5 for edges, 0.6 for masks and
     strokes, 0.8 for palettes).
     """
     return lambda inner: LateConstraint(inner, aligner, target, paths, scale, until)

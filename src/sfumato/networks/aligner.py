@@ -45,7 +45,7 @@ class ConditionAligner(nn.Module):
     norm      'group', or 'batch' as published: then items of a training batch see each other
     scale     of the label: 1000 suits t in [0, 1]
 
-    Source: Liu, Lin, Chen et al., 2024, "LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis" (widths 512,
+    Source: Liu, Li, Zhang, Luo, Liu, 2024, "LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis" (widths 512,
     256, 128, 64; 7,040 channels of Stable Diffusion).
     """
 

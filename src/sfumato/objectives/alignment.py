@@ -22,7 +22,7 @@ class ConditionAlignment(Objective):
     times  (process, streams) -> (t, weights): guidance happens at high noise, so that is where it needs to be good
 
     A batch is {"x": clean states (B, *), "target": conditions (B, c, H, W), "cond": what the network reads}. Player
-    'aligner'. Every batch has fresh noise (the published training reuses one draw). Source: Liu, Lin, Chen et al., 2024,
+    'aligner'. Every batch has fresh noise (the published training reuses one draw). Source: Liu, Li, Zhang, Luo, Liu, 2024,
     "LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis".
     """
 

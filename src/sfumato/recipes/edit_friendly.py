@@ -88,7 +88,7 @@ def picture(stats: dict[str, Any], moved: dict[str, Tensor], rows: dict[str, Ten
             for ax, key in zip(axes, ("std", "correlation"), strict=True):
                 ax.plot(torch.linspace(1, 0, len(found[key])), found[key], label=name)
                 ax.set(title=f"{key} of the maps", xlabel="time", xlim=(1, 0))
-        axes[0].set_ylim(0, 4)
+        axes[0].set_ylim(0, None)
         axes[0].legend()
         strips(bottom, moved, 6, "moved by 4 pixels, with the noise")
         strips(right, rows, 6, "another skin tone")

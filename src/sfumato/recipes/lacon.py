@@ -24,7 +24,7 @@ PATHS = ("level.down.stages.1", "level.deep.down.stages.1", "level.deep.deep", "
 N, STEPS, TAUGHT, BATCH, SCALE, UNTIL, SHOWN = 24, 16, 70, 32, 2.0, 0.5, 10
 CITATION = """@article{liu2024lacon,
   title = {{LaCon}: Late-Constraint Diffusion for Steerable Guided Image Synthesis},
-  author = {Liu, Chang and Luo, Rui and Chen, Xiaoyi and Zhu, Wei and Chen, Zekun and Wang, Xintao},
+  author = {Liu, Chang and Li, Rui and Zhang, Kaidong and Luo, Xin and Liu, Dong},
   journal = {arXiv preprint arXiv:2305.11520}, year = {2024}
 }"""
 

@@ -174,27 +174,29 @@ def picture(found: Any, made: Any, worded: Any) -> Any:
     def strip(ax: Any, rows: list[Tensor], labels: tuple[str, ...], title: str) -> None:
         columns = len(rows[0])
         images = to_uint8(torch.cat(rows))
-        side = images.shape[-1] + 1
-        plots.show(ax, 255 - images if images.shape[1] == 1 else images, columns, 1)
+        gap = max(1, images.shape[-1] // 8)
+        side = images.shape[-1] + gap
+        plots.show(ax, 255 - images if images.shape[1] == 1 else images, columns, gap)
         ax.set(yticks=[side * (i + 0.5) for i in range(len(rows))], yticklabels=labels)
         ax.set_title(title, loc="left")
         ax.tick_params(length=0)
 
     chosen = found["found"].nonzero()[:12, 0] if found["found"].any() else torch.arange(12)
+    categories = [emoji.categories()[k] for k in CATEGORIES]
     with plots.style():
-        canvas = plots.figure(10.5, 4.4)
-        left, right = canvas.subfigures(1, 2, width_ratios=(1.35, 1))
-        top, bottom = left.subplots(2, 1, height_ratios=(2, 3))
+        canvas = plots.figure(11, 3.6)
+        left, right = canvas.subfigures(1, 2, width_ratios=(1.5, 1))
+        top, bottom = left.subplots(2, 1, height_ratios=(2, 2.9))
         asked = ", ".join(str(int(v)) for v in found["label"][chosen])
         strip(
             top,
             [found["before"][chosen], found["after"][chosen]],
             ("before", "found"),
-            f"noise moved by the gradient; asked for {asked}",
+            f"noise found by the gradient, for {asked}",
         )
         strip(
             bottom, [v[:12] for v in made["images"].values()], ("without", "random token", "learnt token"),
-            "one token that makes hearts, beside prompts of apples, which it was not learnt with",
+            "a token learnt to make hearts, beside prompts of apples",
         )  # fmt: skip
         ax = right.subplots()
         for i, (ours, theirs) in enumerate(zip(worded["guided"], worded["chance"], strict=True)):
@@ -203,12 +205,13 @@ def picture(found: Any, made: Any, worded: Any) -> Any:
             ax.scatter(ours.loss, i, color=plots.ACCENT, label="by the gradient" if i == 0 else None)
         ax.set(
             yticks=range(len(worded["guided"])),
-            yticklabels=[f"“{w.prompt}”" for w in worded["guided"]],
+            yticklabels=[f"“{w.prompt}”\n{name}" for w, name in zip(worded["guided"], categories, strict=True)],
             xlabel="margin of the prompt's category",
         )
         ax.axvline(0, color=plots.PALE, lw=1)
-        ax.set_title("the worst prompt that was found", loc="left")
-        ax.legend(fontsize=8)
+        ax.set_title("the worst of 40 captions", loc="left")
+        ax.legend(fontsize=8, loc="upper left", ncols=2, handletextpad=0)
+        ax.set_ylim(-0.6, len(CATEGORIES) - 0.2)
         ax.tick_params(length=0)
         return plots.image(canvas)
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.core import mix
-from sfumato.guidance import cfg
 from sfumato.networks import perceptual_distance
-from sfumato.objectives.distill import DistributionMatching, Segments
+from sfumato.objectives.distill import Segments
 from sfumato.pipeline import Pipeline, load
 from sfumato.training import Trainer
 from sfumato.training.data import Batches
@@ -147,33 +146,18 @@ def pairs(run: Path, parts: int, more: int) -> list[Path]:
     return [*solved(run, parts), *written(run / "emoji-latent-4-pairs", more, lambda part: further(part, first), card)]
 
 
-def make_pairs(out: Path, steps: int = 2000, batch: int = 32, parts: int = 8, more: int = 10) -> Trainer:
-    """Train the beginning of ``emoji-latent-1``: samples from their noise, in codes and in looks."""
+def make_one(out: Path, steps: int = 1500, batch: int = 32, parts: int = 8, more: int = 12) -> Trainer:
+    """Train ``emoji-latent-1`` from the student of four steps: samples from their noise, in codes and in looks."""
     student = learnt(make_four, out.parent / "emoji-latent-4").train().requires_grad_()
     objective = Segments(student, (1.0, 0.0), read="native", looks=Looks(), seen=SEEN)
     return Trainer(
         objective, batches(pairs(out.parent, parts, more), (1.0, 0.0), batch), steps=steps, out=out, lr=3e-4,
         betas=(0.9, 0.99), warmup=100, decay="cosine", ema=0.998, clip=1.0, save_every=100, log_every=25,
-        config={"model": "emoji-latent-1-pairs", "batch": batch, "parts": parts, "more": more},
+        config={"model": "emoji-latent-1", "batch": batch, "parts": parts, "more": more},
     )  # fmt: skip
 
 
-def make_one(out: Path, steps: int = 400, batch: int = 32, parts: int = 8, more: int = 10) -> Trainer:
-    """Train ``emoji-latent-1``: distribution matching from that beginning, with the pairs beside it."""
-    student = learnt(make_pairs, out.parent / "emoji-latent-1-pairs").train().requires_grad_()
-    teacher = load(TEACHER).denoiser
-    critic = copy.deepcopy(teacher).train().requires_grad_()
-    objective = DistributionMatching(student, cfg(GUIDANCE)(teacher), critic, pairs=1.0)
-    return Trainer(
-        objective, batches(pairs(out.parent, parts, more), (1.0, 0.0), batch), steps=steps, out=out,
-        lr={"student": 5e-5, "critic": 2e-4}, betas=(0.9, 0.99), warmup=50, ema={"student": 0.99, "critic": 0.0}, clip=1.0,
-        save_every=50, log_every=10, config={"model": "emoji-latent-1", "batch": batch, "parts": parts, "more": more},
-    )  # fmt: skip
-
-
-MAKERS: dict[str, Callable[..., Trainer]] = {
-    "emoji-latent-4": make_four, "emoji-latent-1-pairs": make_pairs, "emoji-latent-1": make_one,
-}  # fmt: skip
+MAKERS: dict[str, Callable[..., Trainer]] = {"emoji-latent-4": make_four, "emoji-latent-1": make_one}
 
 
 def bundle(student: Any, facts: Mapping[str, Any], name: str) -> Pipeline:
@@ -185,7 +169,7 @@ def bundle(student: Any, facts: Mapping[str, Any], name: str) -> Pipeline:
         "teacher": {"model": TEACHER, "guidance": GUIDANCE, "calls a trajectory": len(TIMES) - 1},
         "method": "one step a segment of the teacher's trajectories"
         if name == "emoji-latent-4"
-        else "pairs of the teacher, then distribution matching",
+        else "matched pairs of the teacher and of emoji-latent-4, with a perceptual distance",
     }
     return Pipeline(
         student, teacher.codec, teacher.conditioner, teacher.size, solver="ddim", grid=f"piecewise(times={times})",
