@@ -27,7 +27,9 @@ def arms(kind: str, names: Sequence[str]) -> list[tuple[str, bool]]:
     made = []
     for name in names:
         method = sf.editing.get(name)
-        if "prompt" not in method.needs:  # it goes along a direction that is learned from examples, not to what words say
+        if (
+            "prompt" not in method.needs
+        ):  # it goes along a direction that is learned from examples, not to what words say
             continue
         if method.needs <= {"prompt", "source"}:
             made.append((name, False))

@@ -3,5 +3,10 @@
 from sfumato.editing.base import INPUTS, Method, Task, get, names, register, registry
 from sfumato.editing.enlarging import enlarge
 from sfumato.editing.front import Edited, edit, perform
+from sfumato.editing.inversion import Inverted, invert
+from sfumato.editing.recorded import NoiseMaps, record
 
-__all__ = ["INPUTS", "Edited", "Method", "Task", "edit", "enlarge", "get", "names", "perform", "register", "registry"]
+__all__ = [
+    "INPUTS", "Edited", "Inverted", "Method", "NoiseMaps", "Task", "edit", "enlarge", "get", "invert", "names", "perform", "record",
+    "register", "registry",
+]  # fmt: skip

@@ -127,7 +127,7 @@ def boundary_diffusion(seed: int) -> Findings:
     }  # fmt: skip
     flips = {name: eyes.dark(e) for name, e in arms.items()}
     kept, turned = ({name: see(e, unseen.light) for name, e in arms.items()} for see in (eyes.kept, eyes.turned))
-    natural = [float(frechet_distance(eyes.judge(e).double(), eyes.judge(known.both).double(), singular=True).value) for e in (edited, still)]
+    natural = [float(frechet_distance(eyes.judge(e).double(), eyes.judge(known.both).double(), singular=True, groups=8).value) for e in (edited, still)]
     odds = [float(eyes.tone(e).mean()) for e in swept.values()]
     told = "; ".join(f"{name} {flips[name]:.0%} of flips, {kept[name]:.0%} recognised" for name in arms)
     return Findings(
