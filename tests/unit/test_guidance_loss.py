@@ -274,3 +274,11 @@ def test_costs_without_gradient_or_of_another_shape_are_refused(through):
     ):
         with pytest.raises(InputError, match=says):
             loss(cost, through=through)(oracle)(x, 0.5, Context.of(3))
+
+
+def test_what_says_x0_itself_cannot_stay_while_x0_moves():
+    denoiser = oracles.Gaussian([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]]).denoiser(Cosine())
+    guided = loss(lambda x0, cond: x0.square().sum(1), keep="flow", through="belief")(denoiser)
+    with pytest.raises(InputError, match="interval="):
+        guided(torch.ones(2, 2), 1.0, Context.of(2))
+    assert torch.isfinite(guided(torch.ones(2, 2), 0.9, Context.of(2)).mean).all()

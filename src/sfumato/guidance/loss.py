@@ -162,7 +162,13 @@ class LossGuided(Wrapper):
 
     def _with(self, post: Posterior, move: Tensor) -> Posterior:
         keep = () if self.keep == "x" else (self.keep,)
-        return post.but(keep=keep, x0=linear(1.0, post.mean, 1.0, move))
+        try:
+            return post.but(keep=keep, x0=linear(1.0, post.mean, 1.0, move))
+        except InputError as error:
+            raise InputError(
+                f"where alpha = {post.coef.alpha:g} the {self.keep} of this process says x0 itself, so x0 cannot move while it stays: "
+                "guide below that time (interval=, strength=), or keep='x'"
+            ) from error
 
 
 def where_blind(coef: Any, one: Tensor, other: Tensor) -> Tensor:
