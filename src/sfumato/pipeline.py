@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sfumato.tuning.card import SamplerCard
 
 FORMAT = 1
-ELSEWHERE = ("emoji-study", "medical")  # of the zoo, what a wheel leaves to the package sfumato-zoo
+ELSEWHERE = ("emoji-latent-", "emoji-study", "medical")  # of the zoo, what a wheel leaves to the package sfumato-zoo
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Models of sfumato's zoo that its wheel leaves out; ``sf.load`` finds them by name."""
+"""Models of sfumato's zoo that its wheel leaves out: few-step students, studies, medical models; ``sf.load`` finds them by name."""

@@ -73,6 +73,7 @@ def drawn(names: Sequence[str], words: Sequence[str], seed: int) -> list[Row]:
     jobs += [
         partial(emerging, *first, words, seed),
         *(partial(compared, *first, words, seed, steps) for steps in SHOWN),
+        *(partial(distilled, name, words, seed) for name in students(names[0])),
     ]
     rows = []
     with progress("drawing") as told:
@@ -179,6 +180,23 @@ def restored(name: str, pipeline: Pipeline, seed: int) -> Row:
     blank = torch.where(operator.keep(*x0.shape[1:]), shown.images, torch.tensor(128, dtype=torch.uint8))
     captions = [text for caption in shown.captions for text in (caption, "restored")]
     return Row(f"{name}\na restoration\nhidden, drawn again", torch.stack([blank, after], 1).flatten(0, 1), captions)
+
+
+def students(name: str) -> list[str]:
+    """The bundled few-step students of a model."""
+    from sfumato.pipeline import bundled
+
+    return [other for other in bundled() if other.removeprefix(f"{name}-").isdecimal()]
+
+
+def distilled(name: str, words: Sequence[str], seed: int) -> Row:
+    """What a few-step student draws for the words."""
+    import sfumato
+
+    pipeline = sfumato.load(name)
+    calls = f"{pipeline.steps} call{'s' if pipeline.steps > 1 else ''}"
+    pictures = pipeline.generate(_spoken(pipeline, words), seed=seed, cond=styles(pipeline)[0])
+    return Row(f"{name}\ndistilled: {calls}", pictures, words)
 
 
 def _spoken(pipeline: Pipeline, words: Sequence[str]) -> Any:
