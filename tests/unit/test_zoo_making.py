@@ -69,7 +69,7 @@ def test_a_saved_encoder_is_the_same_function_to_half_precision(tmp_path):
 
 
 def test_scores_ask_for_each_concept_once_and_compare_it_with_another_hand(items):
-    rows = score_emoji._one_a_concept(items, 50, seed=1)
+    rows = score_emoji.one_a_concept(items, 50, seed=1)
     assert len(set(items.concept[rows].tolist())) == 50
     other = score_emoji._other_vendor(items, rows)
     pairs = {int(items.concept[r]): int(r) for r in rows}

@@ -65,7 +65,7 @@ def picture(rows: dict[str, Tensor], background: dict[str, float], reached: dict
         strips(left, rows, 12, "6 skin tones, 6 attributes")
         axes = right.subplots(2, 1)
         for ax, values, title in zip(
-            axes, (background, reached), ("squared change outside the true edit", "share of edits reached"), strict=True
+            axes, (background, reached), ("squared change outside", "share of edits reached"), strict=True
         ):
             bars = ax.barh(
                 list(values),
