@@ -109,3 +109,11 @@ def test_bad_kinds_and_numbers_of_edits():
         edits.load("hat")
     with pytest.raises(InputError, match="there are"):
         edits.load("attribute", 10_000)
+
+
+def test_guidance_may_be_a_spec_as_everywhere(pipe):
+    options = {"method": "sdedit", "steps": 3, "strength": 0.7}
+    number, spec = (sf.edit(pipe, IMAGE, "noto", guidance=g, **options) for g in (3.0, "cfg(scale=3.0)"))
+    assert torch.equal(number, spec)
+    with pytest.raises(sf.SfumatoError, match="no guidance"):
+        sf.edit(pipe, IMAGE, "noto", guidance="magic(scale=2)", **options)

@@ -29,6 +29,7 @@ from sfumato.objectives.distill import (
     FlowGuided,
     SamplerMMD,
     Segments,
+    Unrolled,
     matched,
     squared_mmd,
 )
@@ -299,6 +300,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "training": lambda: Consistency(small(), [1.0, 0.6, 0.0]),
     "matching": lambda: DistributionMatching(small(), small(1), small(2), pairs=1.0, ratio=2),
     "matching-2": lambda: DistributionMatching(small(), small(1), small(2), [1.0, 0.5, 0.0], shape=(2,)),
+    "unrolled": lambda: Unrolled(small(), [1.0, 0.5, 0.2, 0.0], last=2),
     "bootstrap": lambda: Bootstrap(small(), small(1), (2,)),
     "annealing": lambda: AnnealingReflow(small(), warmup=5),
     "guided": lambda: FlowGuided(small(), small()),
@@ -496,3 +498,16 @@ def test_looks_are_a_further_distance_of_what_is_clean() -> None:
     torch.testing.assert_close(b.total, a.total + 3.0 * b.terms["looks"])
     x0 = small()(batch["states"][:, 0], torch.ones(16).double(), Context.of(16)).mean
     torch.testing.assert_close(b.terms["looks"], (x0.sum(1) - batch["states"][:, 1].sum(1)).square().mean())
+
+
+def test_a_run_is_unrolled_as_it_is_sampled() -> None:
+    times, batch = [1.0, 0.5, 0.2, 0.0], states(8)["states"]
+    whole = Unrolled(small(), times)
+    wanted = sample(small(), solvers.get("ddim"), grids.fixed(times), 3, x=batch[:, 0])
+    torch.testing.assert_close(whole.sampled(batch[:, 0], Context.of(8)).detach(), wanted)
+    assert Unrolled(small(), times)({"states": torch.stack([batch[:, 0], wanted], 1)}, Context.of(8)).total < 1e-12
+    short = Unrolled(small(), times, last=1)
+    for objective in (whole, short):
+        objective({"states": batch}, Context.of(8)).total.backward()
+    grads = [torch.cat([p.grad.flatten() for p in o.student.parameters()]) for o in (whole, short)]
+    assert not torch.allclose(*grads)

@@ -188,3 +188,11 @@ def named_values(given: Iterable[str]) -> dict[str, str]:
             raise InputError(f"a condition is written NAME=VALUE, e.g. vendor=noto; not {text!r}")
         found[name] = value
     return found
+
+
+def scale_or_spec(guidance: str | None) -> float | str | None:
+    """A scale as a number; anything else is the spec of a guidance."""
+    try:
+        return None if guidance is None else float(guidance)
+    except ValueError:
+        return guidance

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.cli._app import Answer, command, named_values, table
+from sfumato.cli._app import Answer, command, named_values, scale_or_spec, table
 
 DEFAULT_METHOD = "edit-friendly"
 
@@ -36,7 +36,9 @@ def edit(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of a whole run. Default: 50.")] = None,
     solver: Annotated[str | None, typer.Option(help="Default: ddim, or what the method brings.")] = None,
     grid: Annotated[str | None, typer.Option(help="Where the steps lie. Default: the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free scale. Default: the model's.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="A scale, or a spec such as 'apg(scale=4)'. Default: the model's.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path, typer.Option(help="NAME.png: before and after, side by side.")] = Path("edit.png"),
     only: Annotated[bool, typer.Option("--only", help="Write the result alone, at its own size.")] = False,
@@ -58,7 +60,7 @@ def edit(
         "mask": None if mask is None else str(mask), "points": [_point(text) for text in points or ()],
         "reference": None if reference is None else str(reference), "model": model, "cond": named_values(cond or ()),
         "source_cond": None if source_cond is None else named_values(source_cond), "steps": steps, "solver": solver,
-        "grid": grid, "guidance": guidance, "seed": seed,
+        "grid": grid, "guidance": scale_or_spec(guidance), "seed": seed,
     }  # fmt: skip
     return _edited(card, png(out), only)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.cli._app import FAILED, Answer, command, named_values, progress
+from sfumato.cli._app import FAILED, Answer, command, named_values, progress, scale_or_spec
 
 if TYPE_CHECKING:
     from sfumato.pipeline import Pipeline
@@ -71,7 +71,7 @@ def sample(
 
     if replay is not None:
         return _replayed(replay, None if out is None else png(out))
-    options = {"solver": solver, "grid": grid, "steps": steps, "guidance": _number(guidance)}
+    options = {"solver": solver, "grid": grid, "steps": steps, "guidance": scale_or_spec(guidance)}
     conditions = named_values([*(cond or ()), *([f"vendor={vendor}"] if vendor else ())])
     extra = {"negative": list(negative or ()), "regions": [_region(text) for text in region or ()]}
     extra = {name: given for name, given in extra.items() if given}
@@ -200,14 +200,6 @@ def _replayed(path: Path, out: Path | None) -> Answer:
     record = {**card, "replayed": str(path), "out": None if out is None else str(out), "same": same}
     verdict = "the same pixels" if same else "other pixels (another machine, number of threads or version)"
     return Answer(record | {"seconds": round(seconds, 2)}, f"{path}: {verdict}", 0 if same else FAILED)
-
-
-def _number(guidance: str | None) -> float | str | None:
-    """A scale as a number; anything else is the spec of a guidance."""
-    try:
-        return None if guidance is None else float(guidance)
-    except ValueError:
-        return guidance
 
 
 def _region(text: str) -> list[Any]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sfumato import grids, solvers
+from sfumato import guidance as guidances
 from sfumato.core import Grid, Guidance, InputError, Solver
 from sfumato.editing.base import Method, Task, registry
 from sfumato.guidance import cfg
-from sfumato.pipeline import Pipeline
+from sfumato.pipeline import Pipeline, load
 from sfumato.training.images import read_image
 
 
@@ -43,7 +44,7 @@ def perform(
     steps: int | None = None,
     solver: str | Solver | None = None,
     grid: str | Grid | None = None,
-    guidance: float | Guidance | None = None,
+    guidance: float | str | Guidance | None = None,
     seed: int = 0,
     **numbers: Any,
 ) -> Edited:
@@ -62,6 +63,7 @@ def perform(
     chosen = solvers.registry.make(spec) if isinstance(spec := solver or "ddim", str) else spec
     times = (chosen.grid or pipeline.grid) if grid is None else grid
     around = pipeline.guidance if guidance is None else guidance
+    around = guidances.get(around, load=lambda name: load(name).denoiser) if isinstance(around, str) else around
     scale = float(around) if isinstance(around, (int, float)) else None
     device = next((p.device for p in pipeline.denoiser.parameters()), torch.device("cpu"))
     other = None if reference is None else _images(reference, "reference", (images.shape[-2], images.shape[-1]))

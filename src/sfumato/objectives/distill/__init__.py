@@ -7,6 +7,7 @@ from sfumato.objectives.distill.matching import DistributionMatching
 from sfumato.objectives.distill.moments import SamplerMMD, squared_mmd
 from sfumato.objectives.distill.segments import Segments, matched
 from sfumato.objectives.distill.slimflow import AnnealingReflow, FlowGuided
+from sfumato.objectives.distill.unrolled import Unrolled
 
 __all__ = [
     "AnnealingReflow",
@@ -17,6 +18,7 @@ __all__ = [
     "FlowGuided",
     "SamplerMMD",
     "Segments",
+    "Unrolled",
     "matched",
     "squared_mmd",
 ]
