@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # isort: off
 from sfumato.cli._app import app
-from sfumato.cli import demo, sample, edit, invert, train, tune, compare, evaluate, export, papers, zoo, doctor  # noqa: F401 (registered in this order)
+from sfumato.cli import demo, sample, edit, invert, train, distill, tune, compare, evaluate, export, papers, zoo, doctor  # noqa: F401 (registered in this order)
 # isort: on
 
 __all__ = ["app", "main"]

@@ -112,7 +112,7 @@ def four() -> Any:
     return copy.deepcopy(load(TEACHER).denoiser).train().requires_grad_()
 
 
-def make_four(out: Path, steps: int = 3600, batch: int = 32, parts: int = 8) -> Trainer:
+def make_four(out: Path, steps: int = 2600, batch: int = 32, parts: int = 8) -> Trainer:
     """Train ``emoji-latent-4``: the guided teacher's moves over four segments, each in one call."""
     return Trainer(
         Segments(four(), TIMES[::2], read="native"), batches(solved(out.parent, parts), TIMES[::2], batch), steps=steps, out=out,
