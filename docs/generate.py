@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from sfumato import codecs, editing, evaluation, grids, networks, recipes, solvers
 from sfumato.cli import app
+from sfumato.guidance._registry import registry as guidances
 from sfumato.zoo import sets
 
 OUT = Path(__file__).parent / "reference"
@@ -21,6 +22,7 @@ REGISTRIES = {
     "solvers": solvers.registry,
     "grids": grids.registry,
     "edits": editing.registry,
+    "guidances": guidances,
     "networks": networks.base.registry,
     "codecs": codecs.base.registry,
     "metrics": evaluation.METRICS,
