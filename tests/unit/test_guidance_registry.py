@@ -7,7 +7,8 @@ import torch
 
 import sfumato as sf
 from sfumato import codecs, conditioners, networks, pipeline, processes
-from sfumato.cli.sample import _number, _region
+from sfumato.cli._app import scale_or_spec
+from sfumato.cli.sample import _region
 from sfumato.core import InputError, UnknownName
 from sfumato.denoisers import parametrized
 
@@ -102,7 +103,7 @@ def test_regions_of_a_pipeline() -> None:
 
 
 def test_what_the_command_line_says() -> None:
-    assert _number("3") == 3.0 and _number(None) is None and _number("apg(scale=4)") == "apg(scale=4)"
+    assert scale_or_spec("3") == 3.0 and scale_or_spec(None) is None and scale_or_spec("apg(scale=4)") == "apg(scale=4)"
     assert _region("0, 0,0.5,1: red heart: big") == [[0, 0, 0.5, 1], "red heart: big"]
     for wrong in ("red heart", "0,0,1:x", "0,0,1,1:", "a,b,c,d:x"):
         with pytest.raises(InputError, match="a region is written"):
