@@ -95,6 +95,8 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args:
     os.environ.update({k: str(v) for k, v in {**where, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}.items()})
     try:
         function(*args)
+        if dist.is_initialized():
+            dist.barrier()  # all leave together: torch may abort a process whose peer is gone while it takes its threads down
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
