@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sfumato.core import Context, Denoiser, Guidance, InputError, Wrapper, first
+from sfumato.denoisers.features import network
 
 Schedule: TypeAlias = Callable[[int, "int | None"], bool]
 """(index of the network call, calls of the run or None) -> whether the call is made in full."""
@@ -154,16 +155,6 @@ def deepcache(
     return wrap
 
 
-def network(denoiser: nn.Module) -> nn.Module:
-    """The network below wrappers. InputError where there is none, or several."""
-    nets = [
-        m.net for m in denoiser.modules() if isinstance(getattr(m, "net", None), nn.Module) and isinstance(m, Denoiser)
-    ]
-    if len(nets) != 1:
-        raise InputError(f"{len(nets)} networks below {type(denoiser).__name__}: wrap the denoiser of one network")
-    return nets[0]  # type: ignore[return-value]
-
-
 def deep_modules(net: nn.Module, branch: int) -> tuple[list[str], bool]:
     """(paths, whether they are residual blocks) of what :func:`deepcache` keeps."""
     if branch < 0:
@@ -201,4 +192,4 @@ def operations(run: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-__all__ = ["Cached", "Schedule", "around", "cached", "deep_modules", "deepcache", "every", "network", "operations"]
+__all__ = ["Cached", "Schedule", "around", "cached", "deep_modules", "deepcache", "every", "operations"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sfumato import acceleration
-from sfumato.acceleration.caching import deep_modules, network
+from sfumato.acceleration.caching import deep_modules
+from sfumato.denoisers.features import network
 from sfumato.recipes import Check, Findings, recipe
 from sfumato.recipes import _plots as plots
 from sfumato.recipes._emoji import Bench, Judge, bench
