@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tiny_text import lively
+from tiny_text import text_unet as unet
 
 import sfumato as sf
 from sfumato import editing, grids, networks, solvers
@@ -34,15 +36,6 @@ PROMPTS = ["red heart", "cat face", "grinning face"]
 TARGETS = ["blue heart", "dog face", "crying cat face"]
 
 
-def lively(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Parameters that are zero at the start drawn too, or attention would not matter."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in net.parameters():
-        if not parameter.any():
-            parameter.data.normal_(0, 0.2, generator=generator)
-    return net.double().eval()
-
-
 def dit() -> torch.nn.Module:
     torch.manual_seed(0)
     return lively(
@@ -50,20 +43,6 @@ def dit() -> torch.nn.Module:
             "dit", {"channels": 2, "size": 6, "patch": 2, "width": 16, "depth": 2, "heads": 2, "context_channels": 8}
         )
     )
-
-
-def unet() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = {
-        "channels": 2,
-        "width": 16,
-        "multipliers": [1, 2],
-        "blocks": 1,
-        "attention": [False, True],
-        "heads": 2,
-        "context_channels": 8,
-    }
-    return lively(networks.build("unet", config))
 
 
 NETS = {"dit": dit, "unet": unet}

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_text import lively
+from tiny_text import text_unet as unet
 
 import sfumato as sf
 from sfumato import editing, grids, networks, solvers
@@ -21,20 +23,6 @@ from sfumato.guidance.energies import Energetic, Term, energies
 N, SIDE = 2, 8
 
 
-def unet() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = {
-        "channels": 2,
-        "width": 16,
-        "multipliers": [1, 2],
-        "blocks": 1,
-        "attention": [False, True],
-        "heads": 2,
-        "context_channels": 8,
-    }
-    return lively(networks.build("unet", config))
-
-
 def dit() -> torch.nn.Module:
     torch.manual_seed(0)
     return lively(
@@ -42,13 +30,6 @@ def dit() -> torch.nn.Module:
             "dit", {"channels": 2, "size": SIDE, "patch": 1, "width": 16, "depth": 4, "heads": 2, "context_channels": 8}
         )
     )
-
-
-def lively(net: torch.nn.Module) -> torch.nn.Module:
-    for parameter in net.parameters():
-        if not parameter.any():
-            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-    return net.double().eval()
 
 
 def task(net: torch.nn.Module | None = None, process: Any = None, **fields: Any) -> editing.Task:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_text import text_unet
 
 import sfumato as sf
-from sfumato import editing, grids, networks, solvers
+from sfumato import editing, grids, solvers
 from sfumato.codecs import build
 from sfumato.core import Context, InputError, Step
 from sfumato.editing.attention import At, Watch, controlled, watched
@@ -17,24 +18,6 @@ from sfumato.editing.methods.pilot import Confine, Descend, Pilot, centralizatio
 from sfumato.guidance import cfg
 
 N, SIDE = 3, 8
-
-
-def text_unet() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = {
-        "channels": 2,
-        "width": 16,
-        "multipliers": [1, 2],
-        "blocks": 1,
-        "attention": [False, True],
-        "heads": 2,
-        "context_channels": 8,
-    }
-    net = networks.build("unet", config)
-    for parameter in net.parameters():
-        if not parameter.any():
-            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-    return net.double().eval()
 
 
 def task(n: int = N, **fields: Any) -> editing.Task:
