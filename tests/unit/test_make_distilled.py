@@ -25,6 +25,7 @@ def test_requests_are_pure_functions_of_the_index() -> None:
 
 def test_students_are_made_by_name() -> None:
     assert set(make_distilled.MAKERS) <= set(making.MAKERS)
+    assert set(make_distilled.BEGINS) | set(make_distilled.BEGINS.values()) == set(make_distilled.MAKERS)
     every = make_distilled.TIMES[::2]
     assert every[0] == 1.0 and every[-1] == 0.0 and len(every) == 5
 

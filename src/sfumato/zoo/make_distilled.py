@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.core import mix
 from sfumato.networks import perceptual_distance
-from sfumato.objectives.distill import Segments
+from sfumato.objectives.distill import Segments, Unrolled
 from sfumato.pipeline import Pipeline, load
 from sfumato.training import Trainer
 from sfumato.training.data import Batches
@@ -23,7 +23,7 @@ from sfumato.zoo.encoders import load_encoder
 from sfumato.zoo.make_emoji import SKIN_TONE_WEIGHT, VENDORS
 
 TEACHER, GUIDANCE = "emoji-latent", 3.0
-TRAJECTORIES = "emoji-latent-trajectories"
+TRAJECTORIES, SEGMENTS, GUIDED = "emoji-latent-trajectories", "emoji-latent-4-segments", "emoji-latent-4-guided"
 TIMES = (
     1.0,
     0.9,
@@ -79,8 +79,8 @@ def trajectories(part: int) -> Trajectories:
 
 
 def further(part: int, run: Path) -> Trajectories:
-    """Pairs of the student of four steps in ``run``, of requests that the teacher was not asked: a sixth of the teacher's cost."""
-    student = learnt(make_four, run).eval().requires_grad_(False)
+    """Pairs of the student of segments in ``run``, of requests that the teacher was not asked: a sixth of the teacher's cost."""
+    student = learnt(make_segments, run).eval().requires_grad_(False)
     return Trajectories(
         student, PART, load(TEACHER).codec.shape(64, 64), conditions=Requests(), solver="ddim",
         grid=f"piecewise(times={TIMES[::2]})", steps=4, keep="ends", first=(APART + part) * PART,
@@ -102,9 +102,14 @@ def solved(run: Path, parts: int) -> list[Path]:
 
 
 def batches(folders: Sequence[Path], times: Sequence[float], size: int) -> Batches:
-    """Batches of the states at these times."""
+    """Batches of the states at these times; of one time, as data."""
     data = Stored(*folders, conditions=Requests(), times=times)
-    return Batches(data, size, transform=lambda batch: {"states": batch["states"], "cond": batch["cond"]})
+
+    def transform(batch: dict[str, Any]) -> dict[str, Any]:
+        read = {"x": batch["states"][:, 0]} if len(times) == 1 else {"states": batch["states"]}
+        return {**read, "cond": batch["cond"]}
+
+    return Batches(data, size, transform=transform)
 
 
 def four() -> Any:
@@ -112,11 +117,32 @@ def four() -> Any:
     return copy.deepcopy(load(TEACHER).denoiser).train().requires_grad_()
 
 
-def make_four(out: Path, steps: int = 2600, batch: int = 32, parts: int = 8) -> Trainer:
-    """Train ``emoji-latent-4``: the guided teacher's moves over four segments, each in one call."""
+def make_segments(out: Path, steps: int = 2600, batch: int = 32, parts: int = 8) -> Trainer:
+    """Train ``emoji-latent-4-segments``: the guided teacher's moves over four segments, each in one call."""
     return Trainer(
         Segments(four(), TIMES[::2], read="native"), batches(solved(out.parent, parts), TIMES[::2], batch), steps=steps, out=out,
         lr=3e-4, betas=(0.9, 0.99), warmup=100, decay="cosine", ema=0.998, clip=1.0, save_every=100, log_every=25,
+        config={"model": "emoji-latent-4-segments", "batch": batch, "parts": parts},
+    )  # fmt: skip
+
+
+def make_guided(out: Path, steps: int = 2000, batch: int = 32, parts: int = 20) -> Trainer:
+    """Train ``emoji-latent-4-guided``: two guided steps of the teacher in one call, from fresh noise on the teacher's samples."""
+    objective = Segments(four(), TIMES[::2], load(TEACHER).guided(GUIDANCE), substeps=2, read="native")
+    return Trainer(
+        objective, batches(solved(out.parent, parts), (0.0,), batch), steps=steps, out=out, lr=2e-4,
+        betas=(0.9, 0.99), warmup=100, decay="cosine", ema=0.998, clip=1.0, save_every=100, log_every=25,
+        config={"model": GUIDED, "batch": batch, "parts": parts},
+    )  # fmt: skip
+
+
+def make_four(out: Path, steps: int = 700, batch: int = 32, parts: int = 20) -> Trainer:
+    """Train ``emoji-latent-4`` from that: its own four steps against the teacher's samples, in codes and in looks."""
+    student = learnt(make_guided, out.parent / GUIDED).train().requires_grad_()
+    objective = Unrolled(student, TIMES[::2], last=2, looks=Looks(), seen=SEEN)
+    return Trainer(
+        objective, batches(solved(out.parent, parts), (1.0, 0.0), batch), steps=steps, out=out, lr=3e-5,
+        betas=(0.9, 0.99), warmup=50, decay="cosine", ema=0.99, clip=1.0, save_every=100, log_every=25,
         config={"model": "emoji-latent-4", "batch": batch, "parts": parts},
     )  # fmt: skip
 
@@ -140,15 +166,15 @@ class Looks(nn.Module):
 
 
 def pairs(run: Path, parts: int, more: int) -> list[Path]:
-    """Noise and samples: of the teacher, and of the student of four steps."""
-    first = run / "emoji-latent-4"
-    card = {"teacher": "emoji-latent-4", "guidance": 1.0}
+    """Noise and samples: of the teacher, and of the student of segments."""
+    first = run / SEGMENTS
+    card = {"teacher": SEGMENTS, "guidance": 1.0}
     return [*solved(run, parts), *written(run / "emoji-latent-4-pairs", more, lambda part: further(part, first), card)]
 
 
 def make_one(out: Path, steps: int = 1500, batch: int = 32, parts: int = 8, more: int = 12) -> Trainer:
-    """Train ``emoji-latent-1`` from the student of four steps: samples from their noise, in codes and in looks."""
-    student = learnt(make_four, out.parent / "emoji-latent-4").train().requires_grad_()
+    """Train ``emoji-latent-1`` from the student of segments: samples from their noise, in codes and in looks."""
+    student = learnt(make_segments, out.parent / SEGMENTS).train().requires_grad_()
     objective = Segments(student, (1.0, 0.0), read="native", looks=Looks(), seen=SEEN)
     return Trainer(
         objective, batches(pairs(out.parent, parts, more), (1.0, 0.0), batch), steps=steps, out=out, lr=3e-4,
@@ -157,19 +183,29 @@ def make_one(out: Path, steps: int = 1500, batch: int = 32, parts: int = 8, more
     )  # fmt: skip
 
 
-MAKERS: dict[str, Callable[..., Trainer]] = {"emoji-latent-4": make_four, "emoji-latent-1": make_one}
+MAKERS: dict[str, Callable[..., Trainer]] = {
+    SEGMENTS: make_segments,
+    GUIDED: make_guided,
+    "emoji-latent-4": make_four,
+    "emoji-latent-1": make_one,
+}
+BEGINS = {"emoji-latent-4": GUIDED, "emoji-latent-1": SEGMENTS}  # the training whose student they start from
+METHODS = {
+    SEGMENTS: "one step a segment of the teacher's trajectories",
+    GUIDED: "two guided DDIM steps of the teacher in one call, from fresh noise on the teacher's samples",
+    "emoji-latent-4": f"{GUIDED}, then its own four steps against the teacher's samples, with a perceptual distance",
+    "emoji-latent-1": f"matched pairs of the teacher and of {SEGMENTS}, with a perceptual distance",
+}
 
 
 def bundle(student: Any, facts: Mapping[str, Any], name: str) -> Pipeline:
     """The student as a pipeline: the teacher's codec and conditions, its own times, guidance inside."""
     teacher = load(TEACHER)
-    times = TIMES[::2] if name == "emoji-latent-4" else (1.0, 0.0)
+    times = (1.0, 0.0) if name == "emoji-latent-1" else TIMES[::2]
     card = {
         **facts,
         "teacher": {"model": TEACHER, "guidance": GUIDANCE, "calls a trajectory": len(TIMES) - 1},
-        "method": "one step a segment of the teacher's trajectories"
-        if name == "emoji-latent-4"
-        else "matched pairs of the teacher and of emoji-latent-4, with a perceptual distance",
+        "method": METHODS[name],
     }
     return Pipeline(
         student, teacher.codec, teacher.conditioner, teacher.size, solver="ddim", grid=f"piecewise(times={times})",

@@ -75,6 +75,9 @@ def export(name: str, run: Path, out: Path) -> Path:
         facts["codec"] = trained("emoji-autoencoder", run.parent / "emoji-autoencoder")[1]
         return Pipeline(player, codec, vendors, (64, 64), steps=20, guidance=3.0, card=facts).save(out)
     if name in make_distilled.MAKERS:
+        if name in make_distilled.BEGINS:
+            first = make_distilled.BEGINS[name]
+            facts["begins with"] = trained(first, run.parent / first)[1]
         return make_distilled.bundle(player, facts, name).save(out)
     if name.startswith("emoji-study-f"):
         factor = int(name.removeprefix("emoji-study-f"))
