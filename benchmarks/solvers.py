@@ -172,12 +172,10 @@ def costs(rounds: int = 7) -> list[dict[str, Any]]:
 
 def tuned(case: Case, found: Sequence[dict[str, Any]], calls: Sequence[int] = TUNED) -> Iterator[dict[str, Any]]:
     """``sf.tune`` on noise of its own, reported on the case's starts, against the best untuned peer on the same."""
-    small = case.name == "digits"
-    effort = {"items": 16, "unseen": 8, "budget": 24} if small else {"items": 4, "unseen": 4, "budget": 6}
     for n in calls:
         began = time.process_time()
         where = sf.load(case.name)
-        card = sf.tune(where, n, guidance=1.0, rehearsals=600, seed=mix(SEED, 2), **effort)
+        card = sf.tune(where, n, guidance=1.0, rehearsals=600, items=16, unseen=8, budget=40, seed=mix(SEED, 2))
         ctx = case.context()
         ends = sf.sample(case.denoiser, solver=card.solver(), grid=card.grid(), steps=card.steps, x=case.x, ctx=ctx)
         seconds = round(time.process_time() - began, 1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sfumato import codecs, conditioners, grids, networks, processes, solvers
+from sfumato import acceleration, codecs, conditioners, grids, networks, processes, solvers
 from sfumato import guidance as guidances
 from sfumato.core import Context, Grid, Guidance, InputError, Solver, Step, Streams, trajectory
 from sfumato.denoisers import Parametrized, parametrized
@@ -66,6 +66,15 @@ class Pipeline:
             )
         return guided
 
+    def accelerated(self, by: str | Guidance) -> Pipeline:
+        """The same pipeline with less work a call: a spec such as "deepcache(interval=3)", or any Denoiser -> Denoiser.
+
+        It is put inside guidance. ``sfumato.acceleration.names()`` lists the registered ones.
+        """
+        wrap = acceleration.get(by) if isinstance(by, str) else by
+        made: Any = wrap(self.denoiser)
+        return dataclasses.replace(self, denoiser=made)
+
     def conditions(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
         """What the network reads, for n images."""
         return self.conditioner(n, prompts, **raw)
@@ -82,7 +91,9 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         cond: Mapping[str, Any] | None = None,
         negative: str | Sequence[str] = (),
+        also: str | Sequence[str] = (),
         regions: Sequence[tuple[Any, str]] = (),
+        accelerate: str | Guidance | None = None,
         size: tuple[int, int] | None = None,
         batch: int = 32,
         sampler: SamplerCard | str | Path | None = None,
@@ -91,10 +102,12 @@ class Pipeline:
         """uint8 images (B, 3, H, W) for prompts (one, or one an image), or n images without prompts.
 
         ``cond`` holds raw conditions by name ({"vendor": "noto"}). Image i depends on (seed, i) only: not on ``batch``.
-        ``negative`` is what guidance leads away from, in all images ('perp-neg' takes several). ``regions`` are prompts of parts
-        of the picture, (where, prompt) each, where = (left, top, right, bottom) in shares of it or a mask (H, W) in [0, 1].
-        ``sampler`` is a sampler card (``sf.tune``) or its file, in the place of steps, solver and grid; it brings its guidance
-        scale and refuses another model. ``progress(done, total)`` is told of each step.
+        ``negative`` is what guidance leads away from, in all images ('perp-neg' takes several). ``also`` are further
+        prompts of every image, averaged ('composed') unless the guidance says how they join: "cfg(4) | interpolated",
+        'superposition', 'alternating', 'switched'. ``regions`` are prompts of parts of the picture, (where, prompt) each,
+        where = (left, top, right, bottom) in shares of it or a mask (H, W) in [0, 1]. ``accelerate`` is that of
+        :meth:`accelerated`. ``sampler`` is a sampler card (``sf.tune``) or its file, in the place of steps, solver and grid;
+        it brings its guidance, its start where it has one ('dpm-ot', 'optimal-bc'), and refuses another model. ``progress(done, total)`` is told of each step.
         """
         card = None if sampler is None else self._card(sampler, guidance, steps, solver, grid)
         if card is not None:
@@ -105,19 +118,26 @@ class Pipeline:
         if n < 1:
             raise InputError(f"{n} images: at least one")
         total, size = steps or self.steps, size or self.size
-        conditions = self.conditions(n, texts, **(cond or {})) | self._beside(n, negative, regions, size, cond or {})
-        denoiser, chosen = self._composed(guidance, bool(negative), bool(regions)), solver or self.solver
+        conditions = self.conditions(n, texts, **(cond or {})) | self._beside(
+            n, negative, also, regions, size, cond or {}
+        )
+        source, chosen = self if accelerate is None else self.accelerated(accelerate), solver or self.solver
+        denoiser = source._composed(guidance, bool(negative), bool(also), bool(regions))
         denoiser = denoiser if card is None else card.prepared(denoiser)
         method = solvers.registry.make(chosen) if isinstance(chosen, str) else chosen
         times = (method.grid or self.grid) if grid is None else grid
         times = grids.registry.make(times) if isinstance(times, str) else times
         device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         streams, shape, out = Streams.of(seed, n), self.codec.shape(*size), []
+        begin = None if card is None else card.begin()
         for low in range(0, n, batch):
             rows = slice(low, min(low + batch, n))
             part = {k: v[rows] for k, v in conditions.items()}
             ctx = Context(cond=part, rng=streams.select(rows), batch=rows.stop - low, device=device)
-            for st in trajectory(denoiser, method, times, total, shape=(rows.stop - low, *shape), ctx=ctx):
+            begun: dict[str, Any] = {"shape": (rows.stop - low, *shape)}
+            if begin is not None and card is not None:
+                begun = {"x": begin(self.process, begun["shape"], ctx), "start": card.start}
+            for st in trajectory(denoiser, method, times, total, ctx=ctx, **begun):
                 if progress is not None:
                     progress(low // batch * total + st.index, -(-n // batch) * total)
             x: Any = method.read(st)
@@ -128,13 +148,15 @@ class Pipeline:
         self,
         n: int,
         negative: str | Sequence[str],
+        also: str | Sequence[str],
         regions: Sequence[Any],
         size: tuple[int, int],
         cond: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Negative prompts and regions as conditions beside those of the pictures; a region keeps the others of its picture."""
-        away = [negative] if isinstance(negative, str) else negative
+        """What stands beside the conditions of the pictures; further prompts and regions keep the others of their picture."""
+        away, joined = ([given] if isinstance(given, str) else given for given in (negative, also))
         found = guidances.negative(*(self.conditions(n, [text] * n) for text in away if text))
+        found |= guidances.also(*(self.conditions(n, [text] * n, **cond) for text in joined if text))
         placed = []
         for where, prompt in regions:
             if isinstance(where, Tensor):
@@ -145,12 +167,14 @@ class Pipeline:
             placed.append((mask, self.conditions(n, [prompt] * n, **cond)))
         return found | guidances.regions(n, *placed)
 
-    def _composed(self, guidance: float | str | Guidance | None, negative: bool, regions: bool) -> Any:
+    def _composed(self, guidance: float | str | Guidance | None, negative: bool, also: bool, regions: bool) -> Any:
         """The denoiser under guidance that uses what was asked, or InputError where it would be ignored."""
         denoiser = self.guided(guidance)
         kinds = [type(m) for m in denoiser.modules()]
         if negative and not any(issubclass(kind, guidances.ClassifierFree) for kind in kinds):
             raise InputError("guidance leads away from a negative prompt: give a scale above 1, or 'apg', 'perp-neg'")
+        if also and not any(getattr(m, "joins", False) for m in denoiser.modules()):
+            denoiser = guidances.composed()(denoiser)
         return guidances.regional()(denoiser) if regions and guidances.Regional not in kinds else denoiser
 
     def _card(
@@ -162,9 +186,9 @@ class Pipeline:
         card = SamplerCard.of(sampler)
         if any(other is not None for other in others):
             raise InputError("a sampler card brings its own steps, solver and grid: give either sampler= or those")
-        if (card.start, card.stop) != (1.0, 0.0):
+        if card.stop != 0.0 or (card.start != 1.0 and card.begins is None):
             raise InputError(f"this card's sampler runs from t = {card.start} to {card.stop}, not from noise to data")
-        card.check(self.denoiser, guidance if isinstance(guidance, (int, float)) else None)
+        card.check(self.denoiser, guidance if isinstance(guidance, (int, float, str)) else None)
         return card
 
     @torch.no_grad()
@@ -190,19 +214,21 @@ class Pipeline:
         """Write ``pipeline.json`` and ``model.safetensors`` (half precision) into the folder ``path``."""
         from safetensors.torch import save as serialise
 
-        folder = Path(path)
+        description, folder = self.description(), Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"network.{k}": v for k, v in self.denoiser.net.state_dict().items()}
         tensors |= {f"codec.{k}": v for k, v in self.codec.state_dict().items()}
         half = {k: (v.half() if v.is_floating_point() else v).contiguous().clone() for k, v in tensors.items()}
         write_atomically(folder / "model.safetensors", serialise(half))
-        write_atomically(
-            folder / "pipeline.json", json.dumps(self.description(), indent=1, ensure_ascii=False).encode()
-        )
+        write_atomically(folder / "pipeline.json", json.dumps(description, indent=1, ensure_ascii=False).encode())
         return folder
 
     def description(self) -> dict[str, Any]:
         """All but the weights, JSON-able."""
+        if not isinstance(self.denoiser, Parametrized):
+            raise InputError(
+                f"a {type(self.denoiser).__name__} around the network is not kept: save the pipeline without it"
+            )
         for name in ("solver", "grid", "guidance"):
             if not isinstance(getattr(self, name), (str, int, float)):
                 raise InputError(

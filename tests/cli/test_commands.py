@@ -72,6 +72,19 @@ def test_a_solver_that_needs_a_grid_of_its_own_gets_it(run, models, tmp_path):
         assert grid in (None, card["grid"]), card
 
 
+def test_several_prompts_for_one_picture(run, models, words, tmp_path):
+    model = models / "worded"
+    found = run(
+        "sample", "a heart", "-m", model, "-n", 1, "--also", "a star", "--negative", "dull", "--scale", 1, "--json"
+    )
+    assert found.record["also"] == ["a star"]
+    image = sfumato.load(model).generate(["a heart"], also=["a star"], negative="dull")[0]
+    assert torch.equal(pixels(tmp_path / "out.png"), image.permute(1, 2, 0))
+    assert run("sample", "--replay", "out.png", "--json").record["same"] is True
+    run("sample", "a heart", "-m", model, "-n", 1, "--also", "a star", "--out", "set/").fine()
+    assert Shards(tmp_path / "set").card["also"] == ["a star"]
+
+
 def test_small_pictures_are_enlarged_to_be_seen(run, models, tmp_path):
     run("sample", "-m", models / "styled", "-n", 1).fine()
     assert pixels(tmp_path / "out.png").shape == (128, 128, 3)
@@ -181,6 +194,7 @@ def test_papers_shows_the_last_verdict(run, two_recipes, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "EVIDENCE", (tmp_path / "kept",))
     rows = {row["slug"]: row for row in run("papers", "--made", "--json").record["papers"]}
     assert {slug: row["verdict"] for slug, row in rows.items()} == {"ddgan": "holds", "boot": "does not hold"}
+    assert {slug: row["checks"] for slug, row in rows.items()} == {"ddgan": "1 of 1", "boot": "0 of 1"}
     assert rows["ddgan"]["command"] == "sfumato reproduce ddgan" and rows["ddgan"]["kind"] == "objective"
 
 

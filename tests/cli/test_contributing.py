@@ -12,7 +12,13 @@ import sfumato as sf
 from sfumato import recipes, solvers
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text("utf-8")
-EXAMPLES = dict(zip(("solver", "guidance", "recipe"), re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL), strict=True))
+EXAMPLES = dict(
+    zip(
+        ("solver", "guidance", "acceleration", "recipe"),
+        re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL),
+        strict=True,
+    )
+)
 
 
 @pytest.fixture
@@ -21,6 +27,8 @@ def example(monkeypatch):
     solvers.names()
     monkeypatch.setattr(solvers.registry, "_made", dict(solvers.registry._made))
     monkeypatch.setattr(recipes._base, "_made", dict(recipes._base._made))
+    sf.acceleration.names()
+    monkeypatch.setattr(sf.acceleration.registry, "_made", dict(sf.acceleration.registry._made))
 
     def call(name: str) -> dict:
         space: dict = {"__name__": f"example_{name}"}
@@ -45,6 +53,25 @@ def test_the_solver_is_registered_and_of_second_order(example):
     }
     coarse, fine = ((path[n] - path[2 * n]).norm(dim=1) for n in (40, 80))
     assert 1.7 < float((coarse / fine).log2().median()) < 2.3
+
+
+def test_the_acceleration_does_less_and_is_the_network_where_it_does_nothing(example):
+    example("acceleration")
+    assert "shortened" in sf.acceleration.names()
+    net = sf.networks.DiT(2, size=8, width=32, depth=3, heads=2)
+    torch.manual_seed(0)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    pipe = sf.Pipeline(sf.parametrized(net.eval(), sf.processes.Flow(), "flow"), sf.codecs.Identity(), size=(8, 8))
+
+    def drawn(spec: str) -> torch.Tensor:
+        return sf.sample(pipe.accelerated(spec).denoiser, solver="ddim", steps=4, shape=(2, 2, 8, 8), seed=0)
+
+    plain = sf.sample(pipe.denoiser, solver="ddim", steps=4, shape=(2, 2, 8, 8), seed=0)
+    spec = "shortened(until={}, path='blocks.2')"
+    assert torch.equal(drawn(spec.format(1.0)), plain) and not torch.equal(drawn(spec.format(0.5)), plain)
+    work = sf.acceleration.operations
+    assert work(lambda: drawn(spec.format(0.5))) < work(lambda: drawn(spec.format(1.0)))
 
 
 def test_the_guidance_keeps_its_bound_with_every_solver_and_composes(example):

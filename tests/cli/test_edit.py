@@ -63,3 +63,18 @@ def test_refusals_are_one_line(run, models, tmp_path):
     ]:
         found = run("edit", *arguments, "-m", models / "styled")
         assert found.status == 2 and said in found.stderr and found.stderr.count("\n") == 1, found.stderr
+
+
+def test_a_layout_of_words_needs_no_picture(run, models, tmp_path):
+    given = ("edit", "-m", models / "styled", "--source", "noto", "--prompt", "fluent", "--steps", 6)
+    run(*given, "--method", "magicmix(nu=0.4)", "--out", "m.png").fine()
+    method = sfumato.editing.get("magicmix", nu=0.4)
+    image = sfumato.editing.mix(sfumato.load(models / "styled"), "noto", "fluent", method=method, steps=6)[0]
+    sheet = pixels(tmp_path / "m.png")
+    assert torch.equal(sheet[:: sheet.shape[0] // 8, :: sheet.shape[1] // 8], image.permute(1, 2, 0))
+    for more, said in [
+        (("--method", "sdedit"), "which picture"),
+        (("--method", "magicmix", "--points", "1,1,2,2"), "points"),
+    ]:
+        found = run(*given, *more)
+        assert found.status == 2 and said in found.stderr

@@ -55,6 +55,11 @@ def test_deep_modules_run_at_the_full_calls_only(name):
     assert len(calls) == 3  # 0, 3 and the last
 
 
+def test_attention_is_counted():
+    q, k = torch.randn(1, 2, 64, 16), torch.randn(1, 2, 10, 16)
+    assert operations(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k)) == 2 * 2 * (2 * 64 * 10 * 16)
+
+
 def test_less_work_is_counted_and_costs_little():
     d = denoiser("dit")
     plain, fast = (operations(lambda e=e: run(e)) for e in (d, deepcache(3)(d)))

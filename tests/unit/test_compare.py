@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 import sfumato as sf
 from sfumato.core import InputError
+from sfumato.evaluation import Measurement
 from sfumato.evaluation.compare import compare, picture
 
 
@@ -64,6 +68,29 @@ def test_the_picture_shows_every_sampler_and_bad_arguments_are_refused() -> None
             compare(denoiser(), **({"shape": (2,), "n": 8} | wrong))
     with pytest.raises(InputError, match="shape="):
         compare(denoiser(), n=8)
+
+
+def test_students_and_accelerated_models_are_rows_beside_the_solvers_ranked_by_quality() -> None:
+    teacher = sf.load("digits")
+    same = replace(teacher, steps=4, solver="ddim", grid="uniform", guidance=1.0)
+
+    def quality(images: torch.Tensor) -> Measurement:
+        grey = float(images.double().mean())
+        return Measurement("grey", grey, grey, grey, len(images), higher_is_better=True)
+
+    table = compare(
+        teacher, solvers=["ddim"], grids=["uniform"], nfe=[4], accelerations=["deepcache(interval=1)"],
+        models={"student": same}, n=8, fine=8, guidance=1.0, quality=quality,
+    )  # fmt: skip
+    rows = {row["solver"]: row for row in table}
+    assert set(rows) == {"ddim", "ddim, deepcache(interval=1)", "student"} and not any("refused" in r for r in table)
+    assert len({row["error"]["value"] for row in rows.values()}) == 1, "three ways to say the same run"
+    assert all(row["quality"]["value"] == rows["ddim"]["quality"]["value"] for row in rows.values())
+    assert min(picture(table).size) > 300
+    other = compare(teacher, solvers=[], nfe=[4], models={"emoji": sf.load("emoji-latent")}, n=8, fine=4)
+    assert "no common starts" in next(iter(other))["refused"]
+    with pytest.raises(InputError, match="Pipeline"):
+        compare(denoiser(), shape=(2,), n=8, quality=quality)
 
 
 def test_citations_name_the_systems_of_a_pipeline_a_recipe_and_a_slug() -> None:

@@ -29,6 +29,7 @@ from sfumato.objectives.distill import (
     FlowGuided,
     SamplerMMD,
     Segments,
+    TimeAware,
     Unrolled,
     matched,
     squared_mmd,
@@ -308,6 +309,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
         Latent(parametrized(WithLatent(), VP(), "x0"), 2), Critic(), [1.0, 0.5, 0.001], lazy=2, regress=0.1
     ),
     "mmd": lambda: SamplerMMD(small(), small_features(), steps=2),
+    "time-aware": lambda: TimeAware(small(), small(1), steps=2),
 }
 
 
@@ -317,7 +319,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(name: str, tmp_path: Path) -> No
         fields = states()
         kept = (
             {"x": fields["x"]}
-            if name in ("progressive", "consistency", "phased", "training", "mmd", "adversarial")
+            if name in ("progressive", "consistency", "phased", "training", "mmd", "adversarial", "time-aware")
             else fields
         )
         batches = Batches(Arrays(kept), 16, prefetch=False)

@@ -161,3 +161,20 @@ def test_principal_components_say_what_they_cannot_do() -> None:
     ):
         with pytest.raises(InputError, match=words):
             call()
+
+
+def test_the_bundled_judge_is_an_extractor_that_reads_texts_too():
+    import sfumato.zoo.encoders  # noqa: F401  registers it
+    from sfumato import evaluation
+    from sfumato.zoo import emoji
+
+    items = emoji.load(64, split="heldout-vendor", skin_tones=False)
+    some = items.select(torch.arange(0, len(items.captions), 7)[:24])
+    judge = features.get("emoji-judge")
+    norms = torch.cat([judge(some.images), judge.encode_text(some.captions)]).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(48))
+    torch.testing.assert_close(judge(some.images[:1]), judge(some.images)[:1], atol=1e-5, rtol=0)
+    asked = {"features": judge, "metrics": ["text-agreement"]}
+    right = evaluation.evaluate(some.images, some.images, prompts=some.captions, **asked)
+    wrong = evaluation.evaluate(some.images, some.images, prompts=some.captions[::-1], **asked)
+    assert next(iter(right))["value"] > next(iter(wrong))["value"] + 0.2

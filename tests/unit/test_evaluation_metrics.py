@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato.core.errors import InputError, MissingExtra
 from sfumato.evaluation import metrics as m
+from sfumato.evaluation.metrics import detail_error, radial_power
 from sfumato.evaluation.metrics._tensors import nearest
 
 
@@ -267,3 +268,18 @@ def test_bad_pairs_are_refused(bad: str, ssim: bool) -> None:
         return
     with pytest.raises(InputError):
         (m.ssim if ssim else m.psnr)(images, truth, **numbers)
+
+
+def test_radial_power_finds_a_wave_where_it_is_and_noise_everywhere() -> None:
+    side = 24
+    place = torch.arange(side, dtype=torch.float64)
+    wave = torch.cos(2 * math.pi * 5 * place / side).expand(side, side)[None, None]
+    power = radial_power(wave)
+    assert int(power.argmax()) == 5 and float(power.sum() - power[5]) < 1e-20
+    noise = 3 * torch.randn(400, 2, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert (radial_power(noise) / 9 - 1).abs()[2:].max() < 0.05
+    blurred = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    assert detail_error(noise, noise) == 0 < detail_error(0.9 * noise, noise) < detail_error(blurred, noise)
+    assert detail_error(0.1 * noise, noise) == pytest.approx(2.0)
+    with pytest.raises(InputError, match="size"):
+        detail_error(noise, noise[:, :1])

@@ -399,3 +399,45 @@ def test_dtypes_agree(spec: str, dtype: torch.dtype) -> None:
     whole = run(slice(0, 4), dtype)
     assert whole.dtype == dtype and torch.allclose(whole.double(), run(slice(0, 4), torch.float64), atol=1e-4)
     assert torch.allclose(run(slice(2, 3), dtype), whole[2:3], atol=1e-5)
+
+
+# Two scales
+
+
+class Told(Denoiser):
+    """x0 is a sum of what is told: numbers of words and of a picture."""
+
+    process, null = VP(), {"words": 0.0}
+
+    def forward(self, x: Any, t: Any, ctx: Context) -> Posterior:
+        ctx.run.nfe += len(x) / ctx.batch
+        return Posterior(0.1 * x + ctx.cond["words"] + ctx.cond["picture"].flatten(1), "x0", x, self.process.coef(t))
+
+
+def told(**more: Any) -> Context:
+    cond = {"words": torch.full((4, 3), 2.0), "picture": torch.full((4, 1, 3), 5.0)}
+    return Context.of(4, None, cond={k: v.double() for k, v in cond.items()} | more, dtype=torch.float64)
+
+
+def test_two_scales_are_what_they_say() -> None:
+    one = guidance.dual(3.0, 1.5, images=("picture",))(Told())
+    ctx = told()
+    assert torch.allclose(one(X, 0.5, ctx).mean, 0.1 * X + 1.5 * 5.0 + 3.0 * 2.0) and ctx.run.nfe == 3
+    apart = guidance.dual(3.0, 1.5, images=("picture",), batched=False)(Told())
+    same(apart(X, 0.5, told()), one(X, 0.5, told()))
+    both = cfg(2.5, null={"words": 0.0, "picture": 0.0})(Told())
+    same(guidance.dual(2.5, 2.5, images=("picture",))(Told())(X, 0.5, told()), both(X, 0.5, told()))
+    words = guidance.dual(3.0, 1.0, images=("picture",))(Told())
+    same(words(X, 0.5, told()), cfg(3.0)(Told())(X, 0.5, told()))
+    off = guidance.dual(3.0, 2.0, images=("picture",), interval=(0.6, 1.0))(Told())
+    ctx = told()
+    same(off(X, 0.5, ctx), Told()(X, 0.5, told()))
+    assert ctx.run.nfe == 1
+    clock = torch.tensor([0.5, 0.7, 0.5, 0.9], dtype=torch.float64)
+    inside, outside = off(X, 0.7, told()).mean, off(X, 0.5, told()).mean
+    mixed = off(X, clock, told()).mean
+    assert torch.allclose(mixed[[1, 3]], inside[[1, 3]]) and torch.allclose(mixed[[0, 2]], outside[[0, 2]])
+    dull = negative({"words": torch.full((4, 3), -1.0, dtype=torch.float64)})
+    assert torch.allclose(one(X, 0.5, told(**dull)).mean, 0.1 * X - 1.0 + 1.5 * 5.0 + 3.0 * 3.0)
+    with pytest.raises(InputError, match="no picture among"):
+        guidance.dual(3.0)(Told())(X, 0.5, told())

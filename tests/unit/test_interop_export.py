@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import sys
 import types
@@ -179,45 +180,161 @@ def test_guidance_for_comfyui_is_ours():
     assert torch.allclose(x - k_guidance(off)(given), one, atol=1e-6)
 
 
-def test_the_comfyui_pack_works_where_it_is_copied(tmp_path, monkeypatch):
-    class KSAMPLER:
-        def __init__(self, function):
-            self.sampler_function = function
+class KSAMPLER:
+    """ComfyUI's, as far as a sampler meets it: see the test of the pack."""
 
-    class CONST:
-        sigma_min, sigma_max = 0.001, 1.0
+    def __init__(self, sampler_function, extra_options={}, inpaint_options={}):  # noqa: B006 (its own signature)
+        self.sampler_function, self.extra_options = sampler_function, extra_options
 
-    class Model:
-        def __init__(self, sampling):
-            self.sampling, self.guidance = sampling, None
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False):
+        extra_args["denoise_mask"] = denoise_mask
 
-        def get_model_object(self, name):
-            return self.sampling
+        def denoised(x, sigma, denoise_mask, model_options={}, seed=None):  # noqa: B006
+            assert sigma.shape == x.shape[:1]
+            return guider(x, sigma, model_options=model_options, seed=seed)
 
-        def clone(self):
-            return Model(self.sampling)
+        def told(news):
+            callback(news["i"], news["denoised"], news["x"], len(sigmas) - 1)
 
-        def set_model_sampler_cfg_function(self, function):
-            self.guidance = function
+        sampling = guider.patcher.get_model_object("model_sampling")
+        start = sampling.noise_scaling(sigmas[0], noise, latent_image)
+        found = self.sampler_function(
+            denoised, start, sigmas, extra_args=extra_args, callback=told, disable=disable_pbar, **self.extra_options
+        )
+        return sampling.inverse_noise_scaling(sigmas[-1], found)
 
+
+class CONST:
+    """A flow's model_sampling; ComfyUI mixes this class with one that holds the sigmas."""
+
+    def noise_scaling(self, sigma, noise, latent_image):
+        return sigma * noise + (1.0 - sigma) * latent_image
+
+    def inverse_noise_scaling(self, sigma, latent):
+        return latent / (1.0 - sigma)
+
+
+class ModelSampling(CONST):
+    sigma_min, sigma_max = torch.tensor(0.001), torch.tensor(1.0)
+
+
+class Patcher:
+    """A MODEL."""
+
+    def __init__(self, sampling):
+        self.sampling, self.options = sampling, {}
+
+    def get_model_object(self, name):
+        return {"model_sampling": self.sampling}[name]
+
+    def clone(self):
+        return Patcher(self.sampling)
+
+    def set_model_sampler_cfg_function(self, sampler_cfg_function, disable_cfg1_optimization=False):
+        assert (
+            len(inspect.signature(sampler_cfg_function).parameters) != 3
+        )  # three are the old way: cond, uncond, scale
+        self.options["sampler_cfg_function"] = sampler_cfg_function
+        self.options["disable_cfg1_optimization"] = disable_cfg1_optimization
+
+
+class Guider:
+    """A model whose pictures are constants: ``positive`` and, where there is such a prompt, ``negative``."""
+
+    def __init__(self, patcher, positive, negative, scale):
+        self.patcher, self.positive, self.negative, self.scale = patcher, positive, negative, scale
+
+    def __call__(self, x, sigma, model_options=None, seed=None):
+        options = self.patcher.options
+        without = self.negative is None or (self.scale == 1 and not options.get("disable_cfg1_optimization", False))
+        cond = torch.full_like(x, self.positive)
+        uncond = torch.zeros_like(x) if without else torch.full_like(x, self.negative)
+        if "sampler_cfg_function" not in options:
+            return uncond + (cond - uncond) * self.scale
+        inner = types.SimpleNamespace(model_sampling=self.patcher.sampling)
+        given = {
+            "cond": x - cond, "uncond": x - uncond, "cond_scale": self.scale, "timestep": sigma, "input": x, "sigma": sigma,
+            "cond_denoised": cond, "uncond_denoised": uncond, "model": inner, "model_options": options, "input_cond": [],
+            "input_uncond": None if without else [],
+        }  # fmt: skip
+        return x - options["sampler_cfg_function"](given)
+
+
+@pytest.fixture
+def pack(tmp_path, monkeypatch):
+    """The pack, loaded as ComfyUI loads a folder of custom_nodes: under the name of its path, from its __init__.py."""
     monkeypatch.setitem(sys.modules, "comfy", types.ModuleType("comfy"))
     monkeypatch.setitem(sys.modules, "comfy.samplers", types.SimpleNamespace(KSAMPLER=KSAMPLER))
-    export(None, "comfyui", tmp_path / "sfumato_nodes")
-    where = tmp_path / "sfumato_nodes" / "__init__.py"
-    spec = importlib.util.spec_from_file_location(
-        "sfumato_nodes", where, submodule_search_locations=[str(where.parent)]
-    )
-    pack = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sfumato_nodes", pack)
-    spec.loader.exec_module(pack)
+    folder = tmp_path / "sfumato_nodes"
+    export(None, "comfyui", folder)
+    name = str(folder).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, str(folder / "__init__.py"))
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_comfyui_pack_works_where_it_is_copied(pack):
+    """Against stand-ins of what ComfyUI does, read in its public sources (Comfy-Org/ComfyUI: nodes.py at 02217e36,
+    comfy/samplers.py at 311c0140, comfy/model_sampling.py at 2fd20839, comfy_extras/nodes_custom_sampler.py at 4be318aa, and
+    comfy/model_patcher.py):
+
+    - a folder of custom_nodes is imported from its __init__.py under a name made of its path; NODE_CLASS_MAPPINGS and
+      NODE_DISPLAY_NAME_MAPPINGS are still read; INPUT_TYPES, FUNCTION, RETURN_TYPES and CATEGORY are the first interface's
+    - KSAMPLER(sampler_function, extra_options, inpaint_options) calls sampler_function(model, x, sigmas, extra_args=,
+      callback=, disable=, **extra_options), x scaled by model_sampling; the model wants denoise_mask, model_options and seed,
+      which is what extra_args holds; the callback reads i, denoised and x; seeds go up to 2^64 - 1
+    - SIGMAS is a float tensor (steps + 1,) on the CPU, and with denoise < 1 the last steps + 1 of int(steps / denoise);
+      SplitSigmas can leave one sigma only, which must leave x alone; FlipSigmas puts 0.0001 in the place of the first 0
+    - get_model_object("model_sampling") has sigma_min and sigma_max, and CONST among its classes where it is a flow
+    - set_model_sampler_cfg_function(function, disable_cfg1_optimization): the function gets one mapping with input, sigma (B,),
+      cond_denoised, uncond_denoised, input_uncond and model, and gives x minus the guided picture. Without the flag, at a
+      scale of 1, and where there is no negative prompt, uncond_denoised is zeros
+    """
     assert set(pack.NODE_CLASS_MAPPINGS) == set(pack.NODE_DISPLAY_NAME_MAPPINGS)
     for node in pack.NODE_CLASS_MAPPINGS.values():
         assert hasattr(node, node.FUNCTION) and "model" in node.INPUT_TYPES()["required"]
-    model = Model(CONST())
-    (sampler,) = pack.NODE_CLASS_MAPPINGS["SfumatoSampler"]().make(model, "dpm-solver++", "order=3")
-    (sigmas,) = pack.NODE_CLASS_MAPPINGS["SfumatoSigmas"]().make(model, "uniform", 5, 0.5)
-    assert len(sigmas) == 6 and sigmas[0] == pytest.approx(0.5)
-    found = sampler.sampler_function(lambda x, sigma: torch.zeros_like(x), torch.ones(1, 2), sigmas)
-    assert torch.allclose(found, torch.zeros(1, 2), atol=1e-6)
-    (patched,) = pack.NODE_CLASS_MAPPINGS["SfumatoGuidance"]().make(model, 3.0)
-    assert patched is not model and callable(patched.guidance)
+        assert isinstance(node.RETURN_TYPES, tuple) and isinstance(node.CATEGORY, str)
+        names = [*node.INPUT_TYPES()["required"], *node.INPUT_TYPES().get("optional", {})]
+        assert names == list(inspect.signature(getattr(node, node.FUNCTION)).parameters)[1:]
+    model, made, seen = Patcher(ModelSampling()), {k: v() for k, v in pack.NODE_CLASS_MAPPINGS.items()}, []
+    (sampler,) = made["SfumatoSampler"].make(model, "dpm-solver++", "order=3")
+    (sigmas,) = made["SfumatoSigmas"].make(model, "uniform", 5, 0.5)
+    assert len(sigmas) == 6 and sigmas[0] == pytest.approx(0.5) and sigmas.device.type == "cpu"
+    noise, latent = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def run(guider, sigmas, seed=2**64 - 1):
+        given = {"model_options": {}, "seed": seed}
+        return sampler.sample(guider, sigmas, given, lambda *news: seen.append(news), noise, latent)
+
+    found = run(Guider(model, 0.25, -1.0, 1.0), sigmas)
+    assert torch.allclose(found, torch.full_like(found, 0.25), atol=1e-6)
+    assert [news[0] for news in seen] == list(range(5)) and seen[0][3] == 5 and seen[0][1].shape == noise.shape
+    assert torch.allclose(run(Guider(model, 0.25, -1.0, 1.0), sigmas[:1]), (0.5 * noise + 0.5 * latent) / 0.5)
+
+    (patched,) = made["SfumatoGuidance"].make(model, 3.0)
+    assert patched is not model and not model.options
+    for scale in (1.0, 8.0):  # its own scale does not count
+        found = run(Guider(patched, 0.25, -1.0, scale), sigmas)
+        assert torch.allclose(found, torch.full_like(found, -1.0 + 3.0 * 1.25), atol=1e-5)
+    with pytest.raises(InputError, match="no negative prompt"):
+        run(Guider(patched, 0.25, None, 1.0), sigmas)
+
+
+def test_the_comfyui_pack_inverts_and_draws_again(pack):
+    """FlipSigmas: up from 0.0001, then down, give the latent back when the model's pictures are linear in x."""
+    model = Patcher(types.SimpleNamespace(sigma_min=torch.tensor(0.03), sigma_max=torch.tensor(14.6)))
+    made = {k: v() for k, v in pack.NODE_CLASS_MAPPINGS.items()}
+    (sampler,) = made["SfumatoSampler"].make(model, "ddim")
+    (sigmas,) = made["SfumatoSigmas"].make(model, "karras", 400)
+    rising = sigmas.flip(0)
+    rising[0] = 0.0001
+
+    def gaussian(x, sigma, **_):  # data of std 0.5
+        return x * 0.25 / (0.25 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    x = 0.5 * torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    up = sampler.sampler_function(gaussian, x, rising, extra_args={"seed": 1})
+    assert up.std() > 10
+    assert torch.allclose(sampler.sampler_function(gaussian, up, sigmas, extra_args={"seed": 1}), x, atol=0.05)

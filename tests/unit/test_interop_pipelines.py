@@ -231,12 +231,51 @@ def test_ip_adapter():
         latents(ours, 5)
 
 
-def test_several_ip_adapters_are_refused():
+def test_several_ip_adapters_at_once():
+    """Two adapters of one and of three pictures, at scales of their own."""
     pipe = tiny.pipeline("sd")
-    weights = adapter_weights(pipe.unet, tiny.WIDTH, 12)
-    pipe.unet._load_ip_adapter_weights([weights, weights], low_cpu_mem_usage=False)
-    with pytest.raises(sf.SfumatoError, match="2 IP-Adapters"):
-        sf.from_diffusers(pipe)
+    torch.manual_seed(1)
+    weights = [adapter_weights(pipe.unet, tiny.WIDTH, dim) for dim in (12, 20)]
+    pipe.unet._load_ip_adapter_weights(weights, low_cpu_mem_usage=False)
+    pipe.set_ip_adapter_scale([0.7, 0.4])
+    ours, embeds = sf.from_diffusers(pipe), [torch.randn(1, 1, 12), torch.randn(1, 3, 20)]
+    theirs = pipe(
+        PROMPTS, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(e), e]) for e in embeds], latents=noise(ours),
+        num_inference_steps=5, guidance_scale=4.0, output_type="latent", height=16, width=16,
+    ).images  # fmt: skip
+    close(latents(ours, 5, guidance=4.0, image_prompt=embeds), theirs)
+    assert not torch.allclose(latents(ours, 5, guidance=4.0, image_prompt=[embeds[0], -embeds[1]]), theirs, atol=1e-3)
+    with pytest.raises(ValueError, match="1 image prompts for 2 IP-Adapters"):
+        latents(ours, 5, image_prompt=embeds[0])
+    with pytest.raises(ValueError, match="image_prompt"):
+        latents(ours, 5)
+
+
+def test_instruct_pix2pix_with_two_scales(tmp_path):
+    """The picture's code beside the state, unscaled; one scale for it and one for the words: diffusers' own latents."""
+    ours, pipe = reloaded("instruct", tmp_path)
+    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    assert ours.guidance == "dual(scale=7.5, image_scale=1.5)"
+    for guidance, scales in ((None, (7.5, 1.5)), ("dual(scale=4, image_scale=2)", (4.0, 2.0))):
+        theirs = pipe(
+            PROMPTS, image=image, latents=noise(ours), num_inference_steps=5, guidance_scale=scales[0],
+            image_guidance_scale=scales[1], output_type="latent",
+        ).images  # fmt: skip
+        close(latents(ours, 5, guidance=guidance, image=image * 2 - 1), theirs)
+    negative = pipe(
+        PROMPTS, image=image, latents=noise(ours), num_inference_steps=5, guidance_scale=4.0, image_guidance_scale=2.0,
+        negative_prompt=["dull", "dull"], output_type="latent",
+    ).images  # fmt: skip
+    pictures = ours.generate(
+        PROMPTS, steps=5, guidance="dual(scale=4, image_scale=2)", negative="dull", cond={"image": image * 2 - 1}
+    )
+    assert (pictures.int() - ours.codec.images(negative).int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="channels"):
+        latents(ours, 5)
+    with pytest.raises(ValueError, match="no picture among"):
+        sf.guidance.dual(2.0)(sf.from_diffusers(tiny.pipeline("sd")).denoiser)(
+            torch.zeros(1, 4, 8, 8), 0.5, Context(cond={"text": torch.zeros(1, 4, tiny.WIDTH)}, batch=1)
+        )
 
 
 def test_lora_loaded_by_peft_acts():

@@ -142,7 +142,8 @@ def test_other_schedulers_are_read_for_their_law_and_times(net, kind):
 
 
 @pytest.mark.parametrize(
-    "solver", ["heun", "dpm-solver++2s", "dpm-solver-3", "edm(churn=10)", "ddpm", "dpm-solver++sde", "unipc"]
+    "solver",
+    ["heun", "dpm-solver++2s", "dpm-solver-3", "dpm-solver-fast", "edm(churn=10)", "ddpm", "dpm-solver++sde", "unipc"],
 )
 def test_any_solver_in_a_loop_of_diffusers(net, solver):
     """The same bits as our own loop, whatever number of calls a step costs and whatever noise it draws."""
@@ -156,6 +157,19 @@ def test_any_solver_in_a_loop_of_diffusers(net, solver):
     expected = sf.sample(denoiser, solver=solver, grid="logsnr", steps=5, x=NOISE, seed=seeds)
     assert (found - expected).abs().max() <= 3e-6 * expected.abs().max()
     assert len(scheduler.timesteps) <= 5 * scheduler.order
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 7])
+def test_a_solver_that_plans_its_times_makes_the_calls_it_promises(net, n):
+    """dpm-solver-fast: n calls for n steps, in fewer steps of several calls."""
+    like = d.DDIMScheduler(clip_sample=False)
+    scheduler = sf.as_diffusers_scheduler("dpm-solver-fast", like=like)
+    found = loop(net, scheduler, n)
+    ours = sf.from_diffusers(net, scheduler=like)
+    ctx = Context.of(len(NOISE), None)
+    expected = sf.sample(ours.denoiser, solver="dpm-solver-fast", grid=ours.grid, steps=n, x=NOISE, ctx=ctx)
+    assert len(scheduler.timesteps) == ctx.run.nfe <= n  # its second order needs a finite end: two calls become one
+    assert (found - expected).abs().max() <= 3e-6 * expected.abs().max()
 
 
 def test_solvers_that_choose_their_times_are_refused():

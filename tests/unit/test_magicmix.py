@@ -139,3 +139,59 @@ def test_a_stable_diffusion_pipeline_mixes() -> None:
         and mixed.state.isfinite().all()
         and not torch.equal(mixed.state, got.state)
     )
+
+
+def words(k_max: float, nu: float, one: str, two: str, **options: Any) -> Tensor:
+    """uint8 pictures of the tiny model of two classes."""
+    from tiny_inversion import tiny
+
+    method = MagicMix(k_max=k_max, k_min=0.2, nu=nu, update=options.pop("update", "mixed"))
+    return editing.mix(
+        tiny(Cosine(), torch.float32),
+        one,
+        two,
+        3,
+        method=method,
+        steps=10,
+        grid="uniform",
+        **{"guidance": 2.0, **options},
+    )
+
+
+@pytest.mark.parametrize("update", ["mixed", "state"])
+def test_a_layout_of_words_ends_in_runs_of_one_prompt_or_of_one_after_another(update: str) -> None:
+    from tiny_inversion import tiny
+
+    pipe, run = tiny(Cosine(), torch.float32), {"solver": "ddim", "grid": "uniform", "steps": 10}
+    options: dict[str, Any] = {"seed": 4, "update": update}
+    one = pipe.generate(["noto"] * 3, seed=4, **run)
+    assert (words(0.6, 1.0, "noto", "noto", **options).int() - one.int()).abs().max() <= 1
+    changed = pipe.generate(["noto"] * 3, also="twemoji", guidance="cfg(scale=2) | switched(at=0.4)", seed=4, **run)
+    assert (words(0.6, 1.0, "noto", "twemoji", **options).int() - changed.int()).abs().max() <= 1
+    mixed = words(0.6, 0.5, "noto", "twemoji", **options)
+    assert not torch.equal(mixed, changed)
+    alone = editing.mix(
+        pipe,
+        "noto",
+        "twemoji",
+        1,
+        method=MagicMix(0.6, 0.2, 0.5, update),
+        steps=10,
+        grid="uniform",
+        guidance=2.0,
+        seed=4,
+    )
+    assert (alone.int() - mixed[:1].int()).abs().max() <= 1
+    with pytest.raises(InputError, match="k_max = 1"):
+        words(1.0, 0.5, "noto", "twemoji")
+
+
+def test_mixing_begins_exactly_where_the_layout_run_stands() -> None:
+    """The belief and its noise are the state they were read from, so nu does not matter in the first step."""
+    from tiny_inversion import tiny
+
+    denoiser, t = tiny(Cosine()).denoiser, 0.6
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    post = denoiser(x, t, sf.Context.of(2, None, cond={"vendor": torch.tensor([0, 1])}, dtype=x.dtype))
+    mixing = MagicMix(nu=0.3).mixing(solvers.get("ddim"), denoiser, post.mean, post.view("eps"))[0]
+    torch.testing.assert_close(mixing.mixture(x, t, denoiser.process), x)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,10 +52,24 @@ def mlp_call(batch: int) -> tuple[tuple, dict]:
     return (torch.randn(batch, 2), torch.rand(batch)), cond
 
 
+def latent_call(batch: int, *shape: int) -> tuple[tuple, dict]:
+    return (torch.randn(batch, *(shape or (2,))), torch.rand(batch)), {"vector": torch.randn(batch, 5)}
+
+
+def pairs_call(batch: int) -> tuple[tuple, dict]:
+    return (*torch.randn(2, batch, 2), torch.rand(batch)), {}
+
+
 MLP = {"channels": 2, "width": 16, "depth": 2, **{k: v for k, v in CONDITIONS.items() if k != "context_channels"}}
+INNER = {"channels": 2, "width": 16, "depth": 2}
+LATENT = {"net": {"name": "mlp", "config": {**INNER, "vector_channels": 8}}, "size": 5, "width": 8, "depth": 2}
+INNER_UNET = {"channels": 3, "width": 16, "multipliers": (1,), "attention": False, "vector_channels": 8}
+LATENT_UNET = {**LATENT, "net": {"name": "unet", "config": INNER_UNET}}
+PAIRS = {"net": {"name": "mlp", "config": {**INNER, "channels": 4, "out_channels": 1}}}
 ONE = {"width": 16, "multipliers": (1,), "attention": True}
 CONV = {"width": 8, "embedding": 6, "labelled": True}
 DIT = {"width": 32, "depth": 2, "heads": 2, "size": 8}
+FLEX = {"width": 32, "heads": 2, "size": 8, "modules": ((1, 1, 1, 1),)}
 VIT = {"width": 24, "depth": 2, "heads": 2, "labelled": True}
 TOWER = {"vector_channels": 20, "context_channels": 24, "width": 24, "heads": 2, "depth": 1}
 CASES: dict[str, tuple[str, dict, Callable]] = {
@@ -63,6 +78,7 @@ CASES: dict[str, tuple[str, dict, Callable]] = {
     "unet-head": image_case("unet", {**ONE, "head": "conditioned"}, 3, 4),
     "dit": image_case("dit", {**DIT, "patch": 2}, 4, 8),
     "dit-shared": image_case("dit", {**DIT, "patch": 1, "modulation": "shared"}, 4, 8),
+    "flexdit": image_case("flexdit", {**FLEX, "patch": 1}, 4, 8),
     "mlp": ("mlp", MLP, mlp_call),
     "autoencoder": ("autoencoder-kl", {"factor": 4, "width": 16}, no_conditions(3, 8, 8)),
     "autoencoder-8": ("autoencoder-kl", {"channels": 1, "latent": 2, "width": 16}, no_conditions(1, 16, 16)),
@@ -70,9 +86,25 @@ CASES: dict[str, tuple[str, dict, Callable]] = {
     "conv-encoder": ("conv-encoder", CONV, no_conditions(3, 16, 16, label=True)),
     "vit-encoder": ("vit-encoder", VIT, no_conditions(3, 16, 16, label=True)),
     "text-tower": ("text-tower", TOWER, text_call),
+    "mlp-octaves": ("mlp", {**MLP, "octaves": 3}, mlp_call),
+    "latent": ("latent", LATENT, latent_call),
+    "latent-unet": ("latent", LATENT_UNET, lambda batch: latent_call(batch, 3, 8, 8)),
+    "pair-critic": ("pair-critic", PAIRS, pairs_call),
 }  # fmt: skip
-LOCAL = {"dual-encoder", "subspace-score"}  # tested below, and in test_subspace.py
-ZERO_AT_START = ["unet", "unet-1", "unet-head", "dit", "dit-shared", "mlp", "discriminator"]
+LOCAL = {"dual-encoder", "feature-critic", "subspace-score"}  # tested below, and in test_subspace.py
+VECTORS = ("mlp", "mlp-octaves", "latent", "pair-critic", "text-tower")
+ZERO_AT_START = [
+    "unet",
+    "unet-1",
+    "unet-head",
+    "dit",
+    "dit-shared",
+    "mlp",
+    "mlp-octaves",
+    "latent",
+    "discriminator",
+    "pair-critic",
+]
 
 
 def perturbed(net: nn.Module) -> nn.Module:
@@ -151,7 +183,7 @@ def test_precisions_agree_and_shapes_need_no_data(case: str) -> None:
     assert out.shape == single.shape and out.device.type == "meta"
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("mlp", "text-tower")])
+@pytest.mark.parametrize("case", [c for c in CASES if c not in VECTORS])
 def test_memory_format_does_not_matter(case: str) -> None:
     net, (x, *rest), cond = made(case)
     plain = net(x, *rest, **cond)
@@ -291,3 +323,43 @@ def test_mlp_treats_middle_positions_alike() -> None:
     torch.testing.assert_close(whole[:, 2, 1], net(points[:, 2, 1], label, **cond))
     with pytest.raises(InputError, match="batch"):
         net(torch.randn(3, 3), label)
+
+
+def test_a_latent_has_only_a_direction_and_is_asked_for() -> None:
+    net, (x, label), cond = made("latent")
+    said = net(x, label, **cond)
+    torch.testing.assert_close(net(x, label, vector=7 * cond["vector"]), said)
+    assert (net(x, label, vector=-cond["vector"]) - said).abs().max() > 1e-4
+    for wrong in ({}, {"vector": cond["vector"][:, :3]}):
+        with pytest.raises(InputError, match="latent"):
+            net(x, label, **wrong)
+    with pytest.raises(InputError, match="vector_channels"):
+        networks.build("latent", {**LATENT, "net": {"name": "mlp", "config": INNER}})
+
+
+def test_octaves_are_sinusoids_of_doubling_frequency() -> None:
+    x = torch.tensor([[0.3, -0.2]])
+    waves = networks.MLP(2, octaves=3)._waves(x)[0]
+    angles = [k * v for v in (0.3, -0.2) for k in (1, 2, 4)]
+    expected = [0.3, -0.2, *map(math.sin, angles), *map(math.cos, angles)]
+    torch.testing.assert_close(waves, torch.tensor(expected))
+    with pytest.raises(InputError, match="octaves"):
+        networks.MLP(1, octaves=-1)
+
+
+def test_critics_know_pairs_and_levels_of_noise() -> None:
+    net, (low, high, label), _ = made("pair-critic")
+    assert (net(low, high, label) - net(high, low, label)).abs().max() > 1e-5
+    with pytest.raises(InputError, match="alike"):
+        net(low, high[:, :1], label)
+    torch.manual_seed(0)
+    maps = [torch.randn(3, 6, 4, 4), torch.randn(3, 4, 2, 2)]
+    aware = perturbed(networks.FeatureCritic([6, 4], width=16))
+    blind = networks.build("feature-critic", {**aware.config, "aware": False})
+    blind.load_state_dict(aware.state_dict())
+    assert (aware(maps, label) - aware(maps, label + 0.3)).abs().max() > 1e-5
+    torch.testing.assert_close(blind(maps, label), blind(maps, label + 0.3))
+    torch.testing.assert_close(aware(maps, label)[1:2], aware([m[1:2] for m in maps], label[1:2]))
+    assert networks.FeatureCritic([6, 4])(maps, label).abs().max() == 0
+    with pytest.raises(InputError, match="heads"):
+        aware(maps[:1], label)

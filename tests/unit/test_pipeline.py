@@ -156,3 +156,56 @@ def test_a_model_that_the_wheel_leaves_out_says_where_it_is(monkeypatch):
     monkeypatch.setattr(pipeline, "bundled_models", lambda description: {})
     with pytest.raises(FileNotFoundError, match="sfumato-zoo"):
         sf.load("medical")
+
+
+def test_further_prompts_join_as_their_guidance_says():
+    p = tiny()
+    one = p.generate(["noto"], seed=1)
+    assert torch.equal(p.generate(["noto"], also="noto", seed=1), one)  # the same prompt twice is that prompt
+    averaged = p.generate(["noto"], also=["twemoji"], seed=1)
+    assert torch.equal(averaged, p.generate(["noto"], also=["twemoji"], guidance="cfg(scale=2) | composed", seed=1))
+    assert torch.equal(averaged, p.generate(["twemoji"], also=["noto"], seed=1)) and not torch.equal(averaged, one)
+    switched = p.generate(["noto"], also=["twemoji"], guidance="cfg(scale=2) | switched(at=1.0)", seed=1)
+    assert torch.equal(switched, one)
+    with pytest.raises(InputError, match="superposition reads the noise"):
+        p.generate(["noto"], also=["twemoji"], guidance="superposition", seed=1)
+    half = p.generate(
+        ["noto"],
+        also=["twemoji"],
+        regions=[((0, 0, 1, 1), "twemoji")],
+        guidance="cfg(scale=2) | regional(background=0)",
+    )
+    assert half.shape == one.shape
+
+
+def test_a_sampler_card_keeps_the_spec_of_a_guidance():
+    p = tiny()
+    card = sf.tune(p, 2, "untuned", guidance="apg(scale=2)", items=2, unseen=2, fine=6, prompts=["noto"])
+    assert card.guidance == "apg(scale=2)"
+    p.generate(["noto"], sampler=card, guidance="apg( scale=2 )")
+    with pytest.raises(InputError, match="tuned at guidance apg"):
+        p.generate(["noto"], sampler=card, guidance="apg(scale=3)")
+    with pytest.raises(InputError, match="tuned at guidance apg"):
+        p.generate(["noto"], sampler=card, guidance=2.0)
+
+
+def test_an_acceleration_goes_inside_guidance_and_beside_a_sampler_card() -> None:
+    pipe = sf.load("digits")
+    plain = pipe.generate(["three", "five"], steps=4, guidance=2.0)
+    assert torch.equal(
+        pipe.generate(["three", "five"], steps=4, guidance=2.0, accelerate="deepcache(interval=1)"), plain
+    )
+    faster = pipe.generate(["three", "five"], steps=4, guidance=2.0, accelerate="deepcache(interval=2)")
+    assert not torch.equal(faster, plain)
+    assert torch.equal(
+        pipe.accelerated("deepcache(interval=2)").generate(["three", "five"], steps=4, guidance=2.0), faster
+    )
+    card = sf.tune(pipe, 3, "untuned", guidance=2.0, items=2, unseen=2, fine=8, budget=2)
+    assert (
+        pipe.generate(["three"], sampler=card, accelerate="deepcache").shape
+        == pipe.generate(["three"], sampler=card).shape
+    )
+    with pytest.raises(InputError, match="not kept"):
+        pipe.accelerated("deepcache").save("nowhere")
+    with pytest.raises(sf.core.SfumatoError, match="deepcache"):
+        pipe.generate(1, accelerate="magic")

@@ -241,3 +241,60 @@ def test_blocks_do_not_change_a_map(monkeypatch):
     monkeypatch.setattr(semidiscrete, "BLOCK", 200)
     again = start.map.margins(x)
     assert torch.equal(cells, again[0]) and torch.allclose(margins, again[1])
+
+
+def tiny_pipeline():
+    """Pixels 8 x 8 without conditions."""
+    torch.manual_seed(0)
+    net = sf.networks.UNet(3, width=8, multipliers=(1, 2), blocks=1, attention=False)
+    for parameter in net.parameters():
+        parameter.data = parameter.data + 0.05 * torch.randn_like(parameter)
+    from sfumato.denoisers import parametrized
+
+    return sf.Pipeline(parametrized(net.eval(), VP(), "v"), sf.codecs.Identity(), size=(8, 8), steps=4)
+
+
+def starting_card(pipe, start, **fields):
+    from sfumato.tuning.card import fingerprint
+
+    facts = {"made_by": "dpm-ot", "description": {"spec": "ddim"}, "steps": 4, "nfe": 4.0, "grid_spec": "uniform"}
+    return sf.SamplerCard(**facts | {"fingerprint": fingerprint(pipe.denoiser)} | fields).starting(start)
+
+
+@pytest.mark.parametrize("kind", ["transport", "boundary"])
+def test_a_pipeline_begins_where_its_card_says(kind, tmp_path):
+    """The same pictures from the card, from its file, and by hand; item by item and in any batch."""
+    pipe = tiny_pipeline()
+    latents = pipe.process.corrupt(normal(5, 3, 8, 8).float(), 0.6, Context.of(5, 2))[0]
+    made = {
+        "transport": lambda: TransportStart(solve(latents, tolerance=0.5), 0.6, "normal", {"items": 5}),
+        "boundary": lambda: BoundaryCondition(normal(3, 8, 8).float(), {"seed": 3}),
+    }
+    start = made[kind]()
+    card = starting_card(pipe, start)
+    assert (card.start, card.begin().name) == (start.time, kind)
+    images = pipe.generate(4, sampler=card, seed=7, batch=3)
+    x = start(pipe.process, (4, 3, 8, 8), Context.of(4, 7))
+    by_hand = sf.sample(pipe.denoiser, solver="ddim", grid="uniform", steps=4, x=x, start=start.time, seed=7)
+    assert (images.int() - pipe.codec.images(by_hand).int()).abs().max() <= 1
+    assert torch.equal(pipe.generate(4, sampler=card.save(tmp_path / "card.json"), seed=7, batch=3), images)
+    again = sf.SamplerCard.load(tmp_path / "card.json")
+    assert again.begin().config() == start.config() and again.tensors.keys() == card.tensors.keys()
+    if kind == "boundary":  # one noise for all, whatever the seed
+        assert torch.equal(images[:1].expand_as(images), images)
+        assert torch.equal(pipe.generate(4, sampler=card, seed=8), images)
+    rows = sf.compare(pipe, solvers=("ddim",), nfe=(2,), samplers=(card,), n=8, fine=4)
+    assert any("states of its own" in row.get("refused", "") for row in rows)
+
+
+def test_cards_that_cannot_begin_say_so():
+    pipe = tiny_pipeline()
+    start = BoundaryCondition(normal(3, 8, 8).float())
+    with pytest.raises(InputError, match="begin at t = 0.5"):
+        starting_card(pipe, start, grid_spec=None, times=(0.5, 0.3, 0.2, 0.1, 0.0))
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="runs from t = 0.5"):
+        pipe.generate(1, sampler=replace(starting_card(pipe, start), start=0.5, begins=None))
+    with pytest.raises(InputError, match="'elsewhere' start"):
+        pipe.generate(1, sampler=replace(starting_card(pipe, start), begins={"name": "elsewhere"}))

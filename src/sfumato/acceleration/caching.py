@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from sfumato.acceleration._registry import register
 from sfumato.core import Context, Denoiser, Guidance, InputError, Wrapper, first
 from sfumato.denoisers.features import network
 
@@ -24,10 +25,7 @@ class Cached(Wrapper):
         self.modules_cached, self.full, self.residual = tuple(modules), full, residual
 
     def forward(self, x: Any, t: Any, ctx: Context) -> Any:
-        if torch.is_grad_enabled() and (
-            first(x).requires_grad or any(p.requires_grad for p in self.inner.parameters())
-        ):
-            raise InputError("no gradient passes through what is cached: sample without grad, or without the cache")
+        refuse_gradient(self.inner, x)
         own = ctx.fork("cache")
         index, like = own.memory.get("calls", 0), (first(x).shape, first(x).dtype, first(x).device)
         kept = own.memory.setdefault("kept", {})
@@ -60,6 +58,12 @@ class Cached(Wrapper):
             return around
 
         return tap
+
+
+def refuse_gradient(inner: nn.Module, x: Any) -> None:
+    """InputError where a gradient would be recorded: what is kept from other calls has none."""
+    if torch.is_grad_enabled() and (first(x).requires_grad or any(p.requires_grad for p in inner.parameters())):
+        raise InputError("no gradient passes through what is cached: sample without grad, or without the cache")
 
 
 def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -124,6 +128,7 @@ def cached(modules: Sequence[str], *, full: Schedule | None = None, residual: bo
     return lambda inner: Cached(inner, modules, full or every(), residual)
 
 
+@register("deepcache")
 def deepcache(
     interval: int = 3,
     branch: int = 0,
@@ -173,6 +178,10 @@ def deep_modules(net: nn.Module, branch: int) -> tuple[list[str], bool]:
         for name in ("blocks", "transformer_blocks"):
             blocks = getattr(module, name, None)
             if isinstance(blocks, nn.ModuleList):
+                if len(getattr(module, "levels", ())) > 1:
+                    raise InputError(
+                        "a FlexDiT's blocks have another number of tokens at another time: nothing to keep"
+                    )
                 _within(branch, (len(blocks) - 1) // 2, "blocks at either end")
                 return [f"{prefix}{name}.{i}" for i in range(branch + 1, len(blocks) - branch - 1)], True
     raise InputError(f"{type(net).__name__} has no known deep part: name its modules, cached([...])")
@@ -184,10 +193,14 @@ def _within(branch: int, count: int, what: str) -> None:
 
 
 def operations(run: Callable[[], Any]) -> int:
-    """Floating-point operations of everything that ``run()`` computes with matrix products and convolutions (torch's count)."""
+    """Floating-point operations of everything that ``run()`` computes with matrix products and convolutions (torch's count).
+
+    Attention runs as its two products meanwhile, since torch does not count the fused kernel of every processor.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 # isort: off
 from sfumato.cli._app import app
-from sfumato.cli import demo, sample, edit, invert, train, distill, tune, compare, evaluate, export, papers, zoo, doctor  # noqa: F401 (registered in this order)
+from sfumato.cli import demo, sample, edit, directions, invert, train, distill  # noqa: F401 (registered in this order)
+from sfumato.cli import tune, compare, evaluate, export, papers, zoo, doctor  # noqa: F401
 # isort: on
 
 __all__ = ["app", "main"]

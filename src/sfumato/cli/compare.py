@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sfumato.cli._app import Answer, command
+from sfumato.cli._app import Answer, command, scale_or_spec
 
 
 @command("compare")
@@ -26,16 +27,35 @@ def compare(
     sampler: Annotated[
         list[Path] | None, typer.Option("--sampler", help="A card that `sfumato tune` wrote; may be repeated.")
     ] = None,
+    accelerate: Annotated[
+        list[str] | None,
+        typer.Option("--accelerate", help="The same again with e.g. 'deepcache(interval=3)'; may be repeated."),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", help="A further model from the same starts, a student say; may be repeated."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Rank by quality against a folder, shards or a data set such as emoji:train.")
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="Of that quality: efficientnet-lite0, mobilenet-v2, emoji-judge, pixels.")
+    ] = "efficientnet-lite0",
+    metric: Annotated[str, typer.Option(help="Of that quality: frechet, kernel, text-agreement, ...")] = "frechet",
     n: Annotated[int, typer.Option("-n", min=8, help="Start noises.")] = 32,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Prompts, in turn; may be repeated.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free scale. Default: the model's.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Classifier-free scale, or e.g. 'apg(scale=4)'. Default: the model's.")
+    ] = None,
     fine: Annotated[int, typer.Option(min=2, help="Calls of the fine solution.")] = 100,
     seed: Annotated[int, typer.Option(help="The starts depend on it.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A picture, NAME.png; the table goes beside it as JSON.")] = None,
 ) -> Answer:
     """Measure solvers, grids and sampler cards on one model, e.g. `sfumato compare digits --nfe 5 --nfe 10 --out digits.png`.
 
-    The error of a run is its distance from where a fine solution takes the same noise.
+    The error of a run is its distance from where a fine solution takes the same noise. With --reference rows are ranked by
+    what their pictures are worth instead, which students and accelerated models can be compared by:
+    `sfumato compare emoji-latent --also emoji-latent-4 --accelerate deepcache --reference emoji:train --features emoji-judge`.
     """
     import sfumato
     from sfumato.core.errors import InputError
@@ -44,15 +64,22 @@ def compare(
 
     if out is not None and out.suffix != ".png":
         raise InputError(f"{out}: the picture is a .png file")
+    pipeline = sfumato.load(model)
+    quality = None
+    if reference is not None:
+        quality, prompts = _quality(pipeline, reference, features, metric, n, prompts)
     table = sfumato.compare(
-        sfumato.load(model),
+        pipeline,
         solvers=tuple(solver) if solver else verb.SOLVERS,
         grids=tuple(grid) if grid else (None,),
         nfe=tuple(nfe) if nfe else verb.BUDGETS,
         samplers=tuple(sampler or ()),
+        accelerations=tuple(accelerate or ()),
+        models={name: sfumato.load(name) for name in also or ()},
+        quality=quality,
         n=n,
         prompts=prompts,
-        guidance=guidance,
+        guidance=scale_or_spec(guidance),
         fine=fine,
         seed=seed,
     )
@@ -68,13 +95,44 @@ def compare(
     return Answer(record, _shown(table, out))
 
 
+def _quality(
+    pipeline: Any, reference: str, features: str, metric: str, n: int, prompts: list[str] | None
+) -> tuple[Callable[[Any], Any], list[str] | None]:
+    """(images -> the figure, prompts): a model that reads words is told the captions of the reference unless told others."""
+    import sfumato.zoo.encoders  # noqa: F401  its encoders are feature extractors
+    from sfumato import evaluation
+    from sfumato.cli.data import pictures
+    from sfumato.cli.evaluate import coloured
+    from sfumato.conditioners import Text
+
+    wanted = pictures(reference, pipeline.size[0]).some(n)
+    if prompts is None and isinstance(pipeline.conditioner, Text) and "caption" in wanted:
+        prompts = [wanted["caption"][i % len(wanted["caption"])] for i in range(n)]
+    asked = [prompts[i % len(prompts)] for i in range(n)] if prompts else None
+    told = asked if metric == "text-agreement" else None
+
+    def quality(images: Any) -> Any:
+        table = evaluation.evaluate(
+            coloured(images),
+            coloured(wanted["x"]),
+            features=features,
+            metrics=[metric],
+            reference_name=reference,
+            prompts=told,
+        )
+        return evaluation.Measurement.from_row(table.rows[0])
+
+    return quality, prompts
+
+
 def _shown(table: Any, out: Path | None) -> Any:
     from rich import box
     from rich.console import Group
     from rich.table import Table
 
-    made = Table("calls", "solver", "grid", "median error", "95 %", "distance", "ms an image", "front",
-                 box=box.SIMPLE_HEAD, pad_edge=False)  # fmt: skip
+    judged = next((row["quality"]["name"] for row in table if "quality" in row), None)
+    head = ["calls", "solver", "grid", "median error", "95 %", "distance", "ms an image", "front"]
+    made = Table(*head, *([judged] if judged else []), box=box.SIMPLE_HEAD, pad_edge=False)
     notes = []
     for row in table:
         if "refused" in row:
@@ -85,6 +143,7 @@ def _shown(table: Any, out: Path | None) -> Any:
             (f"{error['value']:.4f}", f"{error['low']:.4f} to {error['high']:.4f}") if error else ("", "stochastic")
         )
         rest = f"{row['distance']:.4f}", f"{1000 * row['seconds']:.0f}", row["front"]
-        made.add_row(f"{row['calls']:g}", row["solver"], row["grid"], *figures, *rest)
-    parts: list[Any] = [made, f"{table.title}; front: nothing else is at least as near and as cheap.", *notes]
+        worth = (f"{row['quality']['value']:.4f}",) if judged else ()
+        made.add_row(f"{row['calls']:g}", row["solver"], row["grid"], *figures, *rest, *worth)
+    parts: list[Any] = [made, f"{table.title}; front: nothing else is at least as good and as cheap.", *notes]
     return Group(*parts, f"Picture: {out}" if out else "--out NAME.png draws it.")

@@ -24,7 +24,8 @@ def distill(
     method: Annotated[
         str,
         typer.Option(
-            help="segments, progressive, rectified-diffusion, reflow, consistency, lcm-lora, slam or distribution-matching."
+            help="segments, progressive, rectified-diffusion, reflow, consistency, consistency-training, lcm-lora, slam or "
+            "distribution-matching."
         ),
     ] = "segments",
     steps: Annotated[int, typer.Option(min=1, help="Network calls an image of the student.")] = 4,

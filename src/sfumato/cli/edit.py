@@ -26,6 +26,9 @@ def edit(
         list[str] | None, typer.Option(metavar="X,Y,U,V", help="What is at (X, Y) moves to (U, V); may be repeated.")
     ] = None,
     reference: Annotated[Path | None, typer.Option(help="A second picture, for methods that mix or paste.")] = None,
+    direction: Annotated[
+        Path | None, typer.Option(help="What `sfumato directions` learned, for methods that follow it.")
+    ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="A bundled name, or a folder.")] = "emoji-latent",
     cond: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another condition of the result.")
@@ -51,18 +54,22 @@ def edit(
 
     if listed:
         return _methods()
-    if image is None:
-        raise InputError("which picture? `sfumato edit IMAGE --prompt TEXT`; `sfumato edit --list` shows the methods")
+    if image is None and not (method.startswith("magicmix") and source and prompt):
+        raise InputError(
+            "which picture? `sfumato edit IMAGE --prompt TEXT`; `sfumato edit --list` shows the methods; only magicmix "
+            "takes the layout of what --source draws without a picture"
+        )
     from sfumato.cli._pictures import png
 
     card: dict[str, Any] = {
-        "command": "edit", "image": str(image), "prompt": prompt, "method": method, "source": source,
+        "command": "edit", "image": None if image is None else str(image), "prompt": prompt, "method": method, "source": source,
         "mask": None if mask is None else str(mask), "points": [_point(text) for text in points or ()],
-        "reference": None if reference is None else str(reference), "model": model, "cond": named_values(cond or ()),
+        "reference": None if reference is None else str(reference),
+        "direction": None if direction is None else str(direction), "model": model, "cond": named_values(cond or ()),
         "source_cond": None if source_cond is None else named_values(source_cond), "steps": steps, "solver": solver,
         "grid": grid, "guidance": scale_or_spec(guidance), "seed": seed,
     }  # fmt: skip
-    return _edited(card, png(out), only)
+    return _edited(card, png(out), only) if image is not None else _of_words(card, png(out))
 
 
 def _edited(card: Mapping[str, Any], out: Path, only: bool) -> Answer:
@@ -88,6 +95,24 @@ def _edited(card: Mapping[str, Any], out: Path, only: bool) -> Answer:
     record = {**card, "out": str(out), "calls": found.nfe, "seconds": round(seconds, 2), "changed": round(changed, 2)}
     shown = f"{out}: {card['method']}, {found.nfe:g} network calls, {seconds:.1f} s, mean change {changed:.1f} of 255"
     return Answer(record, shown)
+
+
+def _of_words(card: Mapping[str, Any], out: Path) -> Answer:
+    """A picture with the layout of what the source draws: there is no picture before."""
+    import sfumato
+    from sfumato.cli._pictures import save, sheet
+    from sfumato.core.errors import InputError
+
+    useless = [name for name in ("mask", "points", "reference", "direction", "source_cond") if card[name]]
+    if useless:
+        raise InputError(f"without a picture magicmix reads words only: leave out --{useless[0].replace('_', '-')}")
+    numbers = {
+        name: card[name] for name in ("solver", "steps", "grid", "guidance", "cond", "seed") if card[name] is not None
+    }
+    method = sfumato.editing.registry.make(card["method"])
+    made = sfumato.editing.mix(sfumato.load(card["model"]), card["source"], card["prompt"], method=method, **numbers)
+    save(sheet(made), out, card)
+    return Answer({**card, "out": str(out)}, f"{out}: {card['method']}, the layout of {card['source']!r}")
 
 
 def _methods() -> Answer:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.cli._app import Answer, command, progress
+from sfumato.cli._app import Answer, command, progress, scale_or_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ def evaluate(
     reference: Annotated[str, typer.Option(help="A folder, shards, or a data set such as emoji:unseen.")],
     number: Annotated[int, typer.Option("-n", "--number", min=2, help="Pictures of each side, at most.")] = 1000,
     features: Annotated[
-        str, typer.Option(help="What pictures are compared by: efficientnet-lite0, mobilenet-v2, pixels.")
+        str, typer.Option(help="What pictures are compared by: efficientnet-lite0, mobilenet-v2, emoji-judge, pixels.")
     ] = "efficientnet-lite0",
     metrics: Annotated[str, typer.Option(help="Names, separated by commas.")] = METRICS,
     training: Annotated[
@@ -34,11 +34,14 @@ def evaluate(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     solver: Annotated[str | None, typer.Option()] = None,
-    guidance: Annotated[float | None, typer.Option()] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Classifier-free scale, or e.g. 'apg(scale=4)'. Default: the model's.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Keep the table: .json, .csv or .md.")] = None,
 ) -> Answer:
     """Figures with intervals: how far samples lie from a reference that the model has not seen."""
+    import sfumato.zoo.encoders  # noqa: F401  its encoders are feature extractors
     from sfumato import evaluation
     from sfumato.cli.data import pictures
     from sfumato.pipeline import find
@@ -54,7 +57,9 @@ def evaluate(
         wanted, prompted = pictures(reference, side).some(number), False
         given = pictures(samples, side).some(number)["x"]
     else:
-        side, wanted, given, prompted = _drawn(samples, reference, size, number, steps, solver, guidance, seed)
+        side, wanted, given, prompted = _drawn(
+            samples, reference, size, number, steps, solver, scale_or_spec(guidance), seed
+        )
     known = None if training is None else coloured(pictures(training, side).some(None)["x"])
     table = evaluation.evaluate(
         coloured(given),
@@ -85,7 +90,7 @@ def _drawn(
     number: int,
     steps: int | None,
     solver: str | None,
-    guidance: float | None,
+    guidance: float | str | None,
     seed: int,
 ) -> tuple[int, dict[str, Any], Any, bool]:
     """(side, reference, samples, prompted): a model that reads words is given the captions of the reference."""

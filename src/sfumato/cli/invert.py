@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.cli._app import Answer, command, named_values, progress, table
+from sfumato.cli._app import Answer, command, named_values, progress, scale_or_spec, table
 
 DEFAULT_METHOD = "edict"
 
@@ -33,7 +33,9 @@ def invert(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the solver, each way.")] = 50,
     strength: Annotated[float, typer.Option(help="The time it is taken to: 1 is pure noise.")] = 1.0,
     grid: Annotated[str | None, typer.Option(help="Where the steps lie. Default: the model's.")] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free scale, both ways; 1 is none.")] = 1.0,
+    guidance: Annotated[
+        str, typer.Option(help="Classifier-free scale or a spec, e.g. 'apg(scale=4)', both ways; 1 is none.")
+    ] = "1",
     seed: Annotated[int, typer.Option(help="Of the noise maps of 'edit-friendly' and 'cycle-diffusion'.")] = 0,
     out: Annotated[Path, typer.Option(help="NAME.png: before and after; NAME.safetensors: the noise.")] = Path(
         "invert.png"
@@ -47,7 +49,7 @@ def invert(
     card = {
         "command": "invert", "image": str(image), "prompt": prompt, "method": method, "model": model,
         "weights": fingerprint(model), "cond": named_values(cond or ()), "steps": steps, "strength": strength, "grid": grid,
-        "guidance": guidance, "seed": seed,
+        "guidance": scale_or_spec(guidance), "seed": seed,
     }  # fmt: skip
     return _inverted(card, path, every)
 

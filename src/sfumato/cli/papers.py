@@ -33,7 +33,9 @@ def papers(
     held = sum(r["verdict"] == "holds" for r in rows)
     counts = {"systems": len(rows), "recipes": sum(r["command"] is not None for r in rows), "hold": held}
     shown = table(
-        rows, ("slug", "title", "family", "kind", "verdict"), ", ".join(f"{n} {what}" for what, n in counts.items())
+        rows,
+        ("slug", "title", "family", "kind", "verdict", "checks"),
+        ", ".join(f"{n} {what}" for what, n in counts.items()),
     )
     return Answer({**counts, "papers": rows}, shown)
 
@@ -51,6 +53,7 @@ def row(paper: Paper, made: bool) -> dict[str, Any]:
         "kind": recipes.get(paper.slug).kind if made else None,
         "command": f"sfumato reproduce {paper.slug}" if made else None,
         "verdict": verdict or ("run reproduce" if made else "no recipe yet"),
+        "checks": None if kept is None else kept.tally,
     }
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "emoji-latent"
 MOST = 1024  # pictures on one sheet
+BESIDE = ("negative", "also", "regions", "accelerate")  # in a card only where they were given
 RUN = ("model", "weights", "prompts", "n", "steps", "solver", "grid", "guidance", "seed", "cond", "columns", "scale")
 
 
@@ -38,6 +39,14 @@ def sample(
         list[str] | None,
         typer.Option(metavar="PROMPT", help="What guidance leads away from; may be repeated for 'perp-neg'."),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PROMPT",
+            help="A further prompt for each picture; may be repeated. --guidance 'cfg(scale=4) | superposition' joins "
+            "them otherwise than by averaging.",
+        ),
+    ] = None,
     region: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,6 +56,9 @@ def sample(
     seed: Annotated[int, typer.Option(help="Picture i depends on (seed, i) and on nothing else.")] = 0,
     cond: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A condition of the model; may be repeated.")
+    ] = None,
+    accelerate: Annotated[
+        str | None, typer.Option(help="Less work a call, e.g. 'deepcache(interval=3)': see docs/acceleration.md.")
     ] = None,
     vendor: Annotated[str | None, typer.Option(help="Short for --cond vendor=...: noto, twemoji or fluent.")] = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Pictures in a row of the sheet.")] = None,
@@ -73,7 +85,12 @@ def sample(
         return _replayed(replay, None if out is None else png(out))
     options = {"solver": solver, "grid": grid, "steps": steps, "guidance": scale_or_spec(guidance)}
     conditions = named_values([*(cond or ()), *([f"vendor={vendor}"] if vendor else ())])
-    extra = {"negative": list(negative or ()), "regions": [_region(text) for text in region or ()]}
+    extra = {
+        "negative": list(negative or ()),
+        "also": list(also or ()),
+        "regions": [_region(text) for text in region or ()],
+        "accelerate": accelerate,
+    }
     extra = {name: given for name, given in extra.items() if given}
     target = out or "out.png"
     if target.endswith("/") or Path(target).is_dir():
@@ -159,7 +176,7 @@ def generated(pipeline: Pipeline, card: Mapping[str, Any]) -> Any:
     """uint8 (N, C, H, W): the pictures of a card, the ``n`` of each prompt together."""
     prompts = [prompt for prompt in card["prompts"] for _ in range(card["n"])]
     settings = {name: card[name] for name in ("guidance", "seed", "cond")}
-    settings |= {name: card[name] for name in ("negative", "regions") if name in card}
+    settings |= {name: card[name] for name in BESIDE if name in card}
     if "sampler" in card:
         from sfumato.tuning.card import SamplerCard
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sfumato.cli.sample import BESIDE
+
 PER_SHARD = 1024
 WORK = ".work"
 
@@ -33,7 +35,7 @@ class Generated:
         rows = [self.low + i for i in indices]
         prompts = [self.card["prompts"][row // self.card["n"]] for row in rows] if self.card["prompts"] else None
         settings = {name: self.card[name] for name in ("steps", "solver", "grid", "guidance", "cond")}
-        settings |= {name: self.card[name] for name in ("negative", "regions") if name in self.card}
+        settings |= {name: self.card[name] for name in BESIDE if name in self.card}
         images = self.pipeline.generate(
             prompts or len(rows), seed=self.streams.select(rows), batch=len(rows), **settings
         )

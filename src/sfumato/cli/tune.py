@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.cli._app import Answer, command
+from sfumato.cli._app import Answer, command, scale_or_spec
 
 COLUMNS = ("method", "sampler", "calls", "score", "median error", "rms error", "")
 
@@ -22,7 +22,9 @@ def tune(
     method: Annotated[
         str, typer.Option(help="auto, untuned, dpm-solver-v3, usf, olss, subspace or autodiffusion.")
     ] = "auto",
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free scale. Default: the model's.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Classifier-free scale, or e.g. 'apg(scale=4)'. Default: the model's.")
+    ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option("--prompt", help="What to tune for; may be repeated. Default: all the model knows."),
@@ -31,6 +33,10 @@ def tune(
     unseen: Annotated[int, typer.Option(min=2, help="Further starts for the figures that are reported.")] = 64,
     budget: Annotated[int, typer.Option(min=1, help="True evaluations of each search.")] = 60,
     fine: Annotated[int, typer.Option(min=2, help="Calls of the fine solution that is aimed at.")] = 64,
+    by: Annotated[
+        str,
+        typer.Option(help="Choose by 'trajectory' (nearness to the fine solution) or 'distance' (of distributions)."),
+    ] = "trajectory",
     seed: Annotated[int, typer.Option(help="Noise and searches depend on it.")] = 0,
     out: Annotated[Path | None, typer.Option(help="NAME.json. Default: MODEL-NFE.json.")] = None,
 ) -> Answer:
@@ -44,16 +50,25 @@ def tune(
     path = out or Path(f"{Path(model).name}-{nfe}.json")
     if path.suffix != ".json":
         raise InputError(f"{path}: a sampler card is a .json file")
+    if by not in ("trajectory", "distance"):
+        raise InputError(f"--by {by}: 'trajectory' or 'distance'")
     pipeline = sfumato.load(model)
     with _live() as told:
         card = sfumato.tune(
-            pipeline, nfe, method, prompts=prompts or None, guidance=guidance, items=items, unseen=unseen, fine=fine,
-            budget=budget, seed=seed, model=model, told=told,
+            pipeline, nfe, method, prompts=prompts or None, guidance=scale_or_spec(guidance), items=items, unseen=unseen, fine=fine,
+            budget=budget, by=_distance if by == "distance" else None, seed=seed, model=model, told=told,
         )  # fmt: skip
     card.save(path)
     record = card.record() | {"out": str(path)}
     record["gain"] = card.before["median"] / card.after["median"] if card.after["median"] else None
     return Answer(record, _summary(card, path))
+
+
+def _distance(ends: Any, fine: Any) -> float:
+    """Sliced Wasserstein distance of the ends of a sampler to those of the fine solution."""
+    from sfumato.evaluation.metrics import sliced_wasserstein
+
+    return float(sliced_wasserstein(ends.flatten(1), fine.flatten(1), groups=min(10, len(ends) // 2)).value)
 
 
 def _summary(card: Any, path: Path) -> Any:

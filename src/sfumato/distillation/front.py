@@ -49,6 +49,7 @@ def distill(
               'rectified-diffusion'    every state between them tells the same first-order move (one step: matched pairs)
               'reflow'                 matched pairs on straight lines, for flow models
               'consistency'            consistency distillation, guidance inside
+              'consistency-training'   the same from samples alone, the teacher is not asked (Song et al.)
               'lcm-lora'               latent consistency, a range of guidance, in adapters only
               'slam'                   consistency along sub-paths
               'distribution-matching'  a critic of the student's own samples; pairs beside it for one step

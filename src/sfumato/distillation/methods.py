@@ -49,6 +49,11 @@ def _consistency(job: Job, **options: Any) -> Objective:
     return Consistency(job.student, times, job.teacher, skip=2, substeps=2, **options)
 
 
+def _training(job: Job) -> Objective:
+    times = grids.get("arc")(job.pipeline.process, 4 * job.settings.teacher_calls, job.times[0], 0.0).tolist()
+    return Consistency(job.student, times, skip=2)
+
+
 def _lcm(job: Job) -> Objective:
     times = grids.get("uniform")(job.pipeline.process, 50, job.times[0], 0.0).tolist()
     span = (max(job.scale / LCM_RANGE, 1.0), job.scale * LCM_RANGE) if job.scale != 1 else None
@@ -76,6 +81,7 @@ METHODS: dict[str, Method] = {
     "rectified-diffusion": Method(_rectified, "states"),
     "reflow": Method(_reflow, "pairs"),
     "consistency": Method(_consistency, "x", "consistency"),
+    "consistency-training": Method(_training, "x", "consistency"),
     "lcm-lora": Method(_lcm, "x", "lcm", rank=8),
     "slam": Method(_slam, "x", "consistency"),
     "distribution-matching": Method(_matching, "pairs"),

@@ -21,6 +21,7 @@ INPUTS = {
     "mask": "where it may change: mask=, white or 1 inside",
     "points": "what moves where: points=[(from x, from y, to x, to y), ...] in pixels",
     "reference": "a second image: reference=",
+    "direction": "what was learned: direction=, an object or a file of `sfumato directions`",
 }
 
 
@@ -39,6 +40,7 @@ class Task:
     mask          (B, 1, H, W) float in [0, 1], 1 where the image may change, in pixels; ``latent_mask`` fits x0
     points        (from x, from y, to x, to y) in pixels
     reference     (B, *) a second image, encoded
+    direction     what was learned for the method (Boundaries, a Direction)
     seed          item i draws from stream (seed, i)
     given         which of INPUTS the caller gave
     nfe           [calls an image], added up over the runs of the edit
@@ -58,6 +60,7 @@ class Task:
     mask: Tensor | None = None
     points: tuple[tuple[float, float, float, float], ...] = ()
     reference: Tensor | None = None
+    direction: Any = None
     seed: int = 0
     given: frozenset[str] = frozenset()
     nfe: list[float] = field(default_factory=lambda: [0.0])

@@ -14,6 +14,7 @@ from sfumato import grids, solvers
 from sfumato import guidance as guidances
 from sfumato.core import Grid, Guidance, InputError, Solver
 from sfumato.editing.base import Method, Task, registry
+from sfumato.editing.directions.learning import opened
 from sfumato.guidance import cfg
 from sfumato.pipeline import Pipeline, load
 from sfumato.training.images import read_image
@@ -41,6 +42,7 @@ def perform(
     mask: Tensor | str | Path | None = None,
     points: Sequence[Sequence[float]] = (),
     reference: Tensor | str | Path | None = None,
+    direction: Any = None,
     steps: int | None = None,
     solver: str | Solver | None = None,
     grid: str | Grid | None = None,
@@ -55,6 +57,7 @@ def perform(
     given = {
         "prompt": prompt is not None or bool(cond), "source": source is not None or bool(source_cond),
         "mask": mask is not None, "points": bool(len(points)), "reference": reference is not None,
+        "direction": direction is not None,
     }  # fmt: skip
     method.check(name, frozenset(k for k, said in given.items() if said))
     shared = cond or {}
@@ -84,6 +87,7 @@ def perform(
         mask=None if mask is None else _mask(mask, images),
         points=_points(points, images),
         reference=None if other is None else pipeline.codec.encode(other.to(device)).expand(n, -1, -1, -1),
+        direction=None if direction is None else opened(direction, pipeline.denoiser),
         seed=seed,
         given=frozenset(k for k, said in given.items() if said),
     )
@@ -104,6 +108,7 @@ def edit(
     mask         where they may change: a file (white inside) or a tensor (H, W), (1, H, W) or (B, 1, H, W) in [0, 1]
     points       [(from x, from y, to x, to y), ...] in pixels, for methods that move or drag
     reference    a second image, for methods that mix or paste
+    direction    what `sfumato directions` or ``sf.editing.directions.learn`` learned: its file, or the object
     steps, solver, grid, guidance, seed   the sampler of the edit: 50 DDIM steps and the pipeline's guidance by default
 
     Raises InputError where the method needs what is not given, is given what it does not use, or the model cannot read it.

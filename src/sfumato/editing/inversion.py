@@ -64,7 +64,7 @@ def invert(
     steps: int = 50,
     strength: float = 1.0,
     grid: str | Grid | None = None,
-    guidance: float | Guidance = 1.0,
+    guidance: float | str | Guidance = 1.0,
     seed: int = 0,
 ) -> Inverted:
     """Take uint8 images (B, 3, H, W) to t = ``strength`` and back under the same conditions and guidance.

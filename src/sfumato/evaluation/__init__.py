@@ -14,10 +14,11 @@ from sfumato.evaluation.measurement import (
     student_interval,
     wilson_interval,
 )
+from sfumato.evaluation.metrics.calibration import expected_calibration_error
 from sfumato.evaluation.table import Table
 
 __all__ = [
     "EXTRACTORS", "METRICS", "FeatureSets", "Interval", "Measurement", "NetworkFeatures", "PCAFeatures",
-    "PixelFeatures", "Table", "batches", "bootstrap_interval", "evaluate", "evaluate_pairs", "extract", "features",
+    "PixelFeatures", "Table", "batches", "bootstrap_interval", "evaluate", "evaluate_pairs", "expected_calibration_error", "extract", "features",
     "grid", "jackknife_interval", "median_interval", "metrics", "student_interval", "wilson_interval",
 ]  # fmt: skip

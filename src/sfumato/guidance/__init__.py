@@ -5,7 +5,10 @@ from sfumato.guidance._registry import get, names, register, registry
 from sfumato.guidance.autoguidance import Autoguided, autoguidance
 from sfumato.guidance.classifier import classifier, half_sine, smooth_activations
 from sfumato.guidance.classifier_free import ClassifierFree, cfg, negative
+from sfumato.guidance.dual import Dual, dual
 from sfumato.guidance.flowchef import FlowChef, data_fit, flowchef
+from sfumato.guidance.internal import Internal, internal
+from sfumato.guidance.late_constraint import LateConstraint, late_constraint
 from sfumato.guidance.loss import LossGuided, loss
 from sfumato.guidance.measurement import Measured, measurement
 from sfumato.guidance.perpendicular import PerpNeg, perp_neg
@@ -17,8 +20,8 @@ from sfumato.guidance.superposition import Superposed, log_densities, superpose,
 from sfumato.guidance.threshold import Thresholded, threshold
 
 __all__ = [
-    "Autoguided", "ClassifierFree", "FlowChef", "LossGuided", "Measured", "PerpNeg", "Projected", "Regional", "Thresholded",
-    "apg", "autoguidance", "box", "cfg", "classifier", "data_fit", "flowchef", "get", "half_sine", "loss", "measurement", "names", "negative", "perp_neg", "regional",
+    "Autoguided", "ClassifierFree", "Dual", "FlowChef", "Internal", "LateConstraint", "LossGuided", "Measured", "PerpNeg", "Projected", "Regional", "Thresholded",
+    "apg", "autoguidance", "box", "cfg", "classifier", "data_fit", "dual", "flowchef", "get", "half_sine", "internal", "late_constraint", "loss", "measurement", "names", "negative", "perp_neg", "regional",
     "regions", "register", "registry", "smooth_activations", "threshold",
     "Superposed", "also", "alternating", "composed", "interpolated", "log_densities", "rules", "selected", "selections", "superpose",
     "superposition", "switched",

@@ -47,6 +47,8 @@ def _check_weights(weights: Sequence[float] | None) -> None:
 class Composed(Wrapper):
     """See :func:`composed`."""
 
+    joins = True
+
     def __init__(self, inner: Denoiser, weights: Sequence[float] | None = None, batched: bool = True) -> None:
         super().__init__(inner)
         _check_weights(weights)
@@ -72,6 +74,8 @@ def composed(weights: Sequence[float] | None = None, *, batched: bool = True) ->
 
 class Interpolated(Wrapper):
     """See :func:`interpolated`."""
+
+    joins = True
 
     def __init__(self, inner: Denoiser, weights: Sequence[float] | None = None) -> None:
         super().__init__(inner)
@@ -121,6 +125,8 @@ class Rule(Protocol):
 
 class Selected(Wrapper):
     """See :func:`selected`."""
+
+    joins = True
 
     def __init__(self, inner: Denoiser, rule: Rule) -> None:
         super().__init__(inner)

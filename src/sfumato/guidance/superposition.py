@@ -38,6 +38,7 @@ class Superposed(Denoiser):
         for other in parts[1:]:
             _check_law(parts[0].process, other.process)
         self.parts, self.mode, self.temperature, self.prompts = nn.ModuleList(parts), mode, temperature, prompts
+        self.joins = prompts
         self.bias = None if bias is None else [float(v) for v in bias]
         if not prompts:
             self._biases(len(parts))

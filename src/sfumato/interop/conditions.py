@@ -26,7 +26,8 @@ class Prompts(Conditioner):
     control       (1 or n, 3, H, W), uint8 or in [0, 1], for a ControlNet
     image, mask   (1 or n, ...): the picture and where to paint it anew (1), for inpainting U-Nets; or ``channels`` as
                   the U-Net reads them
-    image_prompt  for an IP-Adapter: embeddings (1 or n, N, D), or what its image encoder takes
+    image         of an InstructPix2Pix U-Net: the picture to change, (1 or n, 3, H, W)
+    image_prompt  for an IP-Adapter: embeddings (1 or n, N, D), or what its image encoder takes; a list of one each for several
     guidance      the scale that a distilled model reads
 
     ``null(negative)`` gives what "no condition" is for ``cfg(scale, null=...)``: the encoding of a negative prompt.
@@ -76,8 +77,7 @@ class Prompts(Conditioner):
                 out = {k: torch.zeros_like(v) for k, v in out.items()}
         if "label" in self.net.accepts:
             out["label"] = self._classes()
-        if "image_prompt" in self.net.accepts:
-            out["image_prompt"] = 0.0
+        out |= dict.fromkeys(self.net.image_prompts, 0.0)
         return out
 
     @torch.no_grad()
@@ -118,24 +118,39 @@ class Prompts(Conditioner):
         elif raw.get("image") is not None:
             out["channels"] = _rows("image", self._masked(raw["image"], raw.get("mask"), size), n)
         if raw.get("image_prompt") is not None:
-            out["image_prompt"] = _rows("image_prompt", self._image_prompt(raw["image_prompt"]), n)
+            given = self._image_prompts(raw["image_prompt"])
+            out |= {name: _rows(name, v, n) for name, v in zip(self.net.image_prompts, given, strict=True)}
         return out
 
     def _masked(self, image: Tensor, mask: Tensor | None, size: tuple[int, ...]) -> Tensor:
-        """Mask and code of the masked picture, as inpainting U-Nets read them."""
+        """Mask and code of the masked picture, as inpainting U-Nets read them; the plain code, unscaled, for InstructPix2Pix."""
+        if follows_instructions(self.pipe) and mask is None:
+            code = self.codec.encode(to_float(image))
+            return code if getattr(self.pipe, "is_cosxl_edit", False) else code / self.codec.scale  # type: ignore[no-any-return]
         if mask is None or getattr(self.net, "extra", 0) != 1 + self.net.channels:
             raise InputError("image= goes with mask=, for an inpainting U-Net; others take channels= as they read them")
         mask = (mask.float() > 0.5).float()
         code = self.codec.encode(to_float(image) * (mask < 0.5))
         return torch.cat([interpolate(mask, code.shape[-2:]).expand(len(code), -1, -1, -1), code], 1)
 
-    def _image_prompt(self, given: Any) -> Tensor:
-        if isinstance(given, Tensor):
-            return given
+    def _image_prompts(self, given: Any) -> list[Tensor]:
+        """One each for the IP-Adapters that are loaded."""
+        each = list(given) if isinstance(given, (list, tuple)) else [given]
+        if len(each) != len(self.net.image_prompts):
+            raise InputError(
+                f"{len(each)} image prompts for {len(self.net.image_prompts)} IP-Adapters: give a list of one each"
+            )
+        if all(isinstance(v, Tensor) for v in each):
+            return each
         if getattr(self.pipe, "image_encoder", None) is None:
             raise InputError("this pipeline has no image encoder: give image_prompt as embeddings (n, N, D)")
-        embeds = self.pipe.prepare_ip_adapter_image_embeds(given, None, self.net.model.device, 1, False)
-        return embeds[0]  # type: ignore[no-any-return]
+        found = self.pipe.prepare_ip_adapter_image_embeds(each, None, self.net.model.device, 1, False)
+        return found  # type: ignore[no-any-return]
+
+
+def follows_instructions(pipe: Any) -> bool:
+    """Whether it is an InstructPix2Pix pipeline: its U-Net reads the code of a picture beside the state."""
+    return type(pipe).__name__.endswith("InstructPix2PixPipeline")
 
 
 def _rows(name: str, value: Tensor, n: int) -> Tensor:
@@ -153,9 +168,12 @@ def _raw(net: Network) -> set[str]:
 
 def _encoder(pipe: Any, net: Network) -> Encode | None:
     """Prompts to tensors by the pipeline's own ``encode_prompt``; None where there is no text encoder."""
-    if "text" not in net.accepts or getattr(pipe, "text_encoder", None) is None or not hasattr(pipe, "encode_prompt"):
+    if "text" not in net.accepts or getattr(pipe, "text_encoder", None) is None:
         return None
     kind, device = type(net).__name__, net.model.device
+    if not hasattr(pipe, "encode_prompt"):  # the first InstructPix2Pix pipeline
+        old = getattr(pipe, "_encode_prompt", None)
+        return None if old is None else lambda texts: {"text": old(texts, device, 1, False)}
     if kind == "SD3":
         return lambda texts: _named(
             pipe.encode_prompt(texts, None, None, device=device, do_classifier_free_guidance=False), 0, 2

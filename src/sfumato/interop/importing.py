@@ -16,7 +16,7 @@ from sfumato.core import Grid, Guidance, InputError, Posterior, Solver
 from sfumato.denoisers import parametrized
 from sfumato.interop._needs import need
 from sfumato.interop.autoencoders import Autoencoder
-from sfumato.interop.conditions import Prompts
+from sfumato.interop.conditions import Prompts, follows_instructions
 from sfumato.interop.law import Clipped, Law, Schedule
 from sfumato.interop.networks import Flux, Network, network
 from sfumato.pipeline import Pipeline
@@ -82,7 +82,7 @@ def from_diffusers(
     size              (height, width) of the pictures; default: the model's own
     solver, grid      default: the steps that its scheduler would take
 
-    Carried: UNet2DModel, UNet2DConditionModel (SD 1, 2, SDXL; inpainting, ControlNet, IP-Adapter), SD3, Flux, PixArt
+    Carried: UNet2DModel, UNet2DConditionModel (SD 1, 2, SDXL; inpainting, InstructPix2Pix, ControlNet, IP-Adapters), SD3, Flux, PixArt
     and DiT transformers; KL, tiny, deep-compression and VQ autoencoders; tables of betas (eps, v, x0; zero-terminal
     SNR), flow matching, EDM; LoRA as loaded into the model. What is not carried raises InputError with the reason.
     Nothing is downloaded and nothing unpickled: a folder holds safetensors. The model is shared with ``source``, not
@@ -109,7 +109,7 @@ def from_diffusers(
     defaults = _defaults(source)
     return Imported(
         denoiser, codec, conditioner, size, solver or law.solver, grid or law.schedule, defaults.get("num_inference_steps", 20),
-        1.0 if isinstance(net, Flux) else float(defaults.get("guidance_scale", 1.0)) if null else 1.0,
+        _guidance(source, net, defaults) if null else 1.0,
         _card(source, read), law, source,
     )  # fmt: skip
 
@@ -226,6 +226,14 @@ def _defaults(pipe: Any) -> dict[str, Any]:
         return {}
     parameters = inspect.signature(type(pipe).__call__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty and p.default is not None}
+
+
+def _guidance(pipe: Any, net: Network, defaults: Mapping[str, Any]) -> float | str:
+    """The guidance of the pipeline's own call: a scale, or two for InstructPix2Pix."""
+    scale = float(defaults.get("guidance_scale", 1.0))
+    if follows_instructions(pipe):
+        return f"dual(scale={scale}, image_scale={float(defaults.get('image_guidance_scale', 1.5))})"
+    return 1.0 if isinstance(net, Flux) else scale
 
 
 def _card(pipe: Any, scheduler: Any) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def k_sampler(solver: str | Solver, *, flow: bool = False) -> Callable[..., Tens
     disable=None)``.
 
     ``flow`` says that the model is a flow. Noise comes from streams seeded by ``extra_args["seed"]``, one an item.
-    Sigmas that rise run an inversion, for solvers that draw no noise. Raises InputError for sigmas that are not
-    monotone.
+    Sigmas that rise run an inversion, for solvers that draw no noise; a single one leaves x as it is. Raises InputError
+    for sigmas that are not monotone.
     """
     made: Solver = solvers.registry.make(solver) if isinstance(solver, str) else solver
 
@@ -50,6 +50,8 @@ def k_sampler(solver: str | Solver, *, flow: bool = False) -> Callable[..., Tens
         callback: Callable[[dict[str, Any]], None] | None = None,
         disable: bool | None = None,
     ) -> Tensor:
+        if len(sigmas) == 1:  # what is left where ComfyUI splits sigmas at their end
+            return x
         extra = dict(extra_args or {})
         process, times = _times(sigmas, flow)
         denoiser = _Denoised(model, process, extra)
@@ -79,10 +81,15 @@ def k_sigmas(
 def k_guidance(guidance: Guidance, *, flow: bool = False) -> Callable[[Mapping[str, Any]], Tensor]:
     """A guidance of ours as ComfyUI's ``sampler_cfg_function``: from both denoised pictures to x minus the guided one.
 
-    The guidance's own scale holds, not ComfyUI's. ``interval`` is in our time t; sigma_max is asked of the model.
+    The guidance's own scale holds, not ComfyUI's. ``interval`` is in our time t; sigma_max is asked of the model. Raises
+    InputError where ComfyUI read the model under no negative prompt: its picture would be zeros.
     """
 
     def guided(given: Mapping[str, Any]) -> Tensor:
+        if given.get("input_uncond", ()) is None:
+            raise InputError(
+                "there is no negative prompt to lead away from: use a guider with one (CFGGuider, SamplerCustom)"
+            )
         x, sigma = given["input"], float(torch.as_tensor(given["sigma"]).flatten()[0])
         highest = float(given["model"].model_sampling.sigma_max) if "model" in given else max(sigma, 80.0)
         process: Any = Flow() if flow else EDM(min(0.002, highest / 2), max(highest, sigma))

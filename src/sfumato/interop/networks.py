@@ -22,6 +22,7 @@ class Network(nn.Module):
     """
 
     factor: ClassVar[int] = 1  # the sides of a state must be multiples of it
+    image_prompts: tuple[str, ...] = ()  # the conditions of IP-Adapters
 
     def __init__(self, model: nn.Module, channels: int, accepts: Sequence[str]) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class TextUNet(Network):
     """UNet2DConditionModel, with a ControlNet beside it if given.
 
     text (B, L, D); pooled (B, D) and size (B, 6) of SDXL; channels (B, C, h, w) of inpainting and edit models;
-    image_prompt (B, N, D) of an IP-Adapter; control (B, 3, H, W) in [0, 1] of a ControlNet, weighed by ``strength``;
+    image_prompt (B, N, D) of an IP-Adapter, image_prompt_2, ... of further ones; control (B, 3, H, W) in [0, 1] of a ControlNet, weighed by ``strength``;
     label (B,) of class-conditional ones.
     """
 
@@ -75,17 +76,17 @@ class TextUNet(Network):
         if adapter not in (None, "text_proj", "ip_image_proj"):
             raise InputError(f"this U-Net projects its text by {adapter!r}, which cannot be carried")
         several = len(getattr(getattr(model, "encoder_hid_proj", None), "image_projection_layers", ()))
-        if adapter == "ip_image_proj" and several > 1:
-            raise InputError(f"{several} IP-Adapters are loaded, and one can be carried: unload the others")
+        prompts = image_prompts(max(1, several) if adapter == "ip_image_proj" else 0)
         if control is not None and type(control).__name__ != "ControlNetModel":
             raise InputError(f"a {type(control).__name__} cannot be carried; one ControlNetModel can")
         reads = {
             "text": config.cross_attention_dim is not None, "pooled": kind == "text_time", "size": kind == "text_time",
-            "channels": extra, "image_prompt": adapter == "ip_image_proj", "control": control is not None,
+            "channels": extra, **dict.fromkeys(prompts, True), "control": control is not None,
             "label": config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None,
         }  # fmt: skip
         super().__init__(model, channels, [name for name, read in reads.items() if read])
         self.control, self.strength, self.extra, self.learned = control, strength, extra, learned
+        self.image_prompts = prompts
 
     def predict(self, x: Tensor, label: Tensor, cond: dict[str, Any]) -> Tensor:
         added = {k: cond[v] for k, v in (("text_embeds", "pooled"), ("time_ids", "size")) if v in cond}
@@ -93,8 +94,8 @@ class TextUNet(Network):
         if "control" in self.accepts:
             down, mid = self._controlled(x, label, cond, added)
             more |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        if "image_prompt" in self.accepts:
-            added["image_embeds"] = [_there(cond, "image_prompt", "an IP-Adapter is loaded")]
+        if self.image_prompts:
+            added["image_embeds"] = [_there(cond, name, "an IP-Adapter is loaded") for name in self.image_prompts]
         out = self.model(
             _joined(self, x, cond), label, encoder_hidden_states=cond.get("text"), added_cond_kwargs=added or None,
             return_dict=False, **more,
@@ -106,6 +107,11 @@ class TextUNet(Network):
             x, label, encoder_hidden_states=cond.get("text"), conditioning_scale=self.strength, return_dict=False,
             controlnet_cond=_there(cond, "control", "a ControlNet is loaded"), added_cond_kwargs=added or None,
         )  # fmt: skip
+
+
+def image_prompts(count: int) -> tuple[str, ...]:
+    """The names of the conditions that so many IP-Adapters read."""
+    return tuple(f"image_prompt_{i + 1}" if i else "image_prompt" for i in range(count))
 
 
 class SD3(Network):

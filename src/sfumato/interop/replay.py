@@ -45,7 +45,8 @@ class Replay:
     """A run of ``solver`` over ``times`` from ``x``, at times[first]: ``x`` and ``t`` are what it asks about.
 
     ``answer(posterior)`` tells it; where ``done``, ``x`` is the result. ``edit(x)`` replaces the state, which is
-    possible between steps only. Pickles and copies like the data it is.
+    possible between steps only. ``total`` is the length of the grid that the times were planned on, where that is another
+    one. Pickles and copies like the data it is.
     """
 
     solver: Solver
@@ -54,6 +55,7 @@ class Replay:
     x: Tensor
     seeds: Streams | None = None
     first: int = 0
+    total: int | None = None
     t: float = 1.0
     done: bool = False
     answers: list[Posterior] = field(default_factory=list)
@@ -64,7 +66,7 @@ class Replay:
         self.ctx = Context(
             rng=self.seeds, dtype=self.x.dtype, device=self.x.device, batch=len(self.x), source=self._drawn
         )
-        self.ctx.run.total = len(self.times) - 1
+        self.ctx.run.total = len(self.times) - 1 if self.total is None else self.total
         self._count = 0
         denoiser = _Answers(self.process, ())
         begun = self.solver.init(self.x, self.times[self.first], denoiser, self.ctx)
@@ -122,15 +124,24 @@ class Replay:
         return self.noise[self._count - 1]
 
 
-def calls(solver: Solver, process: Any, times: Sequence[float]) -> list[list[float]]:
-    """The times at which each step asks, found by a run on one number. Raises InputError where a solver chooses its
-    times.
+def planned(solver: Solver, process: Any, times: Sequence[float]) -> list[float]:
+    """The times that a run over this grid visits: others where a solver plans its own, as 'dpm-solver-fast' does."""
+    if not getattr(solver, "planned", False):
+        return list(times)
+    like = torch.zeros(1, 1, dtype=torch.float64)
+    return [times[0], *(float(t) for t in solver.times(process, times, like, Context.of(1, 0)))]  # type: ignore[arg-type]
 
-    One list a step: a multi-call solver's are longer.
+
+def calls(solver: Solver, process: Any, times: Sequence[float], total: int | None = None) -> list[list[float]]:
+    """The times at which each step asks, found by a run on one number. Raises InputError where a solver chooses its
+    times from what it sees.
+
+    One list a step: a multi-call solver's are longer. times as :func:`planned` gives them, for a grid of ``total`` steps.
     """
     inner: Any = solver
     while inner is not None:
-        if type(inner).__dict__.get("times") is not None and not inner.grid:
+        known = inner is solver and getattr(solver, "planned", False)
+        if type(inner).__dict__.get("times") is not None and not inner.grid and not known:
             raise InputError(
                 f"{type(inner).__name__} chooses its own times as it goes: it cannot be made a fixed schedule"
             )
@@ -140,7 +151,7 @@ def calls(solver: Solver, process: Any, times: Sequence[float]) -> list[list[flo
         times[1:]
     ):  # refuses other spacings
         raise InputError(f"{type(solver).__name__} would leave the times of this schedule")
-    run = Replay(solver, process, times, like, Streams.of(0, 1))
+    run = Replay(solver, process, times, like, Streams.of(0, 1), total=total)
     out: list[list[float]] = [[] for _ in times[1:]]
     while not run.done:
         out[run.step.index].append(run.t)

@@ -14,7 +14,7 @@ from sfumato import grids, processes, solvers
 from sfumato.core import Grid, InputError, Solver, Streams
 from sfumato.interop._needs import need
 from sfumato.interop.law import Law, Schedule
-from sfumato.interop.replay import Replay, calls
+from sfumato.interop.replay import Replay, calls, planned
 
 diffusers = need("diffusers")
 # A pipeline's folder names this module, and diffusers looks for the base classes in it.
@@ -58,10 +58,12 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             raise InputError("a process of this library has no schedule of its own: give grid=")
         self.init_noise_sigma = self.law.begin
         self.num_inference_steps: int | None = None
-        first = calls(solver, self.law.process, [1.0, 0.5, 0.0])[0]  # refuses solvers that choose their times
+        some = planned(solver, self.law.process, [1.0, 0.5, 0.0])
+        first = calls(solver, self.law.process, some, 2)[0]  # refuses solvers that choose their times as they go
         self.order = round(solver.nfe) if math.isfinite(solver.nfe) else len(first)
         self.alphas_cumprod = getattr(self.base, "alphas_cumprod", None)
         self._times: list[float] = []
+        self._total = 0
         self._asked: list[float] = []
         self._beginnings: dict[int, int] = {}
         self.timesteps = torch.empty(0)
@@ -134,8 +136,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         n = len(given) if given is not None else num_inference_steps
         if not n:
             raise InputError("set_timesteps needs num_inference_steps, timesteps or sigmas")
-        self._times = self._chosen(int(n), timesteps, {"sigmas": sigmas, "mu": mu})
-        by_step = calls(self.solver, self.law.process, self._times)
+        grid = self._chosen(int(n), timesteps, {"sigmas": sigmas, "mu": mu})
+        self._times, self._total = planned(self.solver, self.law.process, grid), len(grid) - 1
+        by_step = calls(self.solver, self.law.process, self._times, self._total)
         self._asked = [t for step in by_step for t in step]
         starts = [sum(map(len, by_step[:j])) for j in range(len(by_step))]
         self._beginnings = {at: j for j, at in enumerate(starts)}
@@ -222,7 +225,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if self._index not in self._beginnings:
             raise InputError(f"a run cannot begin at call {self._index}: steps begin at {sorted(self._beginnings)}")
         streams = _streams(generator, len(x)) if self.solver.stochastic else None
-        return Replay(self.solver, self.law.process, self._times, x, streams, self._beginnings[self._index])
+        first = self._beginnings[self._index]
+        return Replay(self.solver, self.law.process, self._times, x, streams, first, self._total)
 
     def _time(self, label: float) -> float:
         """The time of a label: exactly where this run has it."""
@@ -242,7 +246,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 def as_diffusers_scheduler(
     solver: str | Solver = "dpm-solver++", grid: str | Grid | None = None, *, like: Any
 ) -> SolverScheduler:
-    """Any solver with fixed times as a diffusers scheduler.
+    """Any solver whose times are known before the run as a diffusers scheduler.
 
     solver  a name, a spec, or an object (which cannot be saved)
     grid    the same; default: the times of ``like``

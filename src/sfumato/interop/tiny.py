@@ -135,6 +135,10 @@ def _inpaint(d: Any, scheduler: Any = None) -> Any:
     return _sd(d, scheduler, "StableDiffusionInpaintPipeline", in_channels=9)
 
 
+def _instruct(d: Any, scheduler: Any = None) -> Any:
+    return _sd(d, scheduler, "StableDiffusionInstructPix2PixPipeline", in_channels=8)
+
+
 def _control(d: Any, scheduler: Any = None) -> Any:
     made = _sd(d, scheduler)
     control = d.ControlNetModel.from_unet(
@@ -287,6 +291,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "pixels": _pixels,
     "sd": _sd,
     "inpaint": _inpaint,
+    "instruct": _instruct,
     "control": _control,
     "sdxl": _sdxl,
     "sd3": _sd3,

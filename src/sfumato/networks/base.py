@@ -23,12 +23,15 @@ def configured(cls: Made) -> Made:
     A network among them becomes its name and config, which `as_network` turns back.
     """
     signature, construct = inspect.signature(cls.__init__), cls.__init__
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     @functools.wraps(construct)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        config = json.loads(json.dumps(dict(list(bound.arguments.items())[1:]), default=_plain))
+        given = dict(list(bound.arguments.items())[1:])
+        given |= given.pop(rest, {})
+        config = json.loads(json.dumps(given, default=_plain))
         construct(self, *args, **kwargs)
         if type(self) is cls:
             self.config = config

@@ -52,6 +52,13 @@ class Linear(nn.Linear):
         return y.permute(0, 2, 3, 1).squeeze(2)
 
 
+class KeysValues(nn.Module):
+    """The keys and values (B, heads, L, d) that queries are about to read, as they are: a place to keep or replace them."""
+
+    def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d) + mask) v over tokens (B, N, width); q and k are layer-normalised (Dehghani et al. 2023).
 
@@ -61,6 +68,9 @@ class Attention(nn.Module):
              be read or replaced. An attribute of the instance, or an argument of one call, so that threads can share
              the network. The fused kernels have no forward-mode and no second derivatives: be explicit for those, or
              use torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+
+    Keys (normalised, rotated) and values pass through the submodule `keys_values`. `rotary` is (N, d) or (B, 1, N, d);
+    `key_rotary` is that of the keys where they stand elsewhere than the queries.
     """
 
     def __init__(self, width: int, heads: int, context: int | None = None) -> None:
@@ -72,7 +82,7 @@ class Attention(nn.Module):
         self.value, self.out = Linear(context or width, width), Linear(width, width)
         self.query_norm = nn.LayerNorm(width // heads, eps=1e-6, bias=False)
         self.key_norm = nn.LayerNorm(width // heads, eps=1e-6, bias=False)
-        self.probabilities = nn.Identity()
+        self.keys_values, self.probabilities = KeysValues(), nn.Identity()
 
     def forward(
         self,
@@ -80,13 +90,15 @@ class Attention(nn.Module):
         context: Tokens | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         explicit: bool | None = None,
+        key_rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         source, mask = (x, None) if context is None else context
         q = self.query_norm(self.query(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)
         k = self.key_norm(self.key(source).unflatten(-1, (self.heads, -1))).transpose(1, 2)
         v = self.value(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k = rotate(q, rotary), rotate(k, rotary if key_rotary is None else key_rotary)
+        k, v = self.keys_values(k, v)
         if self.explicit if explicit is None else explicit:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)

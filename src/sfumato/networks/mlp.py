@@ -34,6 +34,9 @@ class MLP(nn.Module):
     forward(x (B, *, channels), label (B,), **cond) -> (B, *, out_channels), each of the middle positions treated
     alike. cond, each absent one being its null: `vector` (B, vector_channels); one (B,) int64 a name of `embeddings`;
     one (B,) float a name of `scalars`.
+
+    octaves  sin and cos of 2^k x, k < octaves, are seen beside x: laws with details far below their extent (Tancik et
+             al., 2020, "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains")
     """
 
     def __init__(
@@ -46,12 +49,15 @@ class MLP(nn.Module):
         embeddings: Mapping[str, int] | None = None,
         scalars: Mapping[str, float] | None = None,
         scale: float = 1000.0,
+        octaves: int = 0,
     ) -> None:
         super().__init__()
-        self.channels = channels
+        if octaves < 0:
+            raise InputError(f"octaves = {octaves}: 0 or more")
+        self.channels, self.octaves = channels, octaves
         self.conditioning = Conditioning(width, scale, embeddings, scalars, vector_channels)
         self.accepts = self.conditioning.names
-        self.input = nn.Linear(channels, width)
+        self.input = nn.Linear(channels * (1 + 2 * octaves), width)
         self.blocks = nn.ModuleList(ResidualLayer(width) for _ in range(depth))
         self.norm, self.output = nn.LayerNorm(width), zero(nn.Linear(width, out_channels or channels))
 
@@ -61,7 +67,11 @@ class MLP(nn.Module):
             raise InputError(f"x is {tuple(x.shape)}; it must be (batch, ..., {self.channels})")
         condition = F.silu(self.conditioning(label, x.shape[0], cond))
         condition = condition.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
-        hidden = self.input(x)
+        hidden = self.input(self._waves(x) if self.octaves else x)
         for block in self.blocks:
             hidden = block(hidden, condition)
         return self.output(F.silu(self.norm(hidden)))
+
+    def _waves(self, x: Tensor) -> Tensor:
+        angle = x[..., None] * 2.0 ** torch.arange(self.octaves, dtype=x.dtype, device=x.device)
+        return torch.cat([x, angle.sin().flatten(-2), angle.cos().flatten(-2)], -1)

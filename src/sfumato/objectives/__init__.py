@@ -1,5 +1,6 @@
 """Objectives: batch to loss."""
 
+from sfumato.objectives.alignment import ConditionAlignment
 from sfumato.objectives.autoencoder import Autoencoding
 from sfumato.objectives.contrastive import Contrastive
 from sfumato.objectives.denoising import Denoising, drop
@@ -10,6 +11,7 @@ from sfumato.objectives.weights import weight
 __all__ = [
     "Autoencoding",
     "ByLoss",
+    "ConditionAlignment",
     "Contrastive",
     "Denoising",
     "FokkerPlanck",

@@ -89,6 +89,11 @@ class Evidence:
         """Whether every check holds."""
         return all(check.holds for check in self.checks)
 
+    @property
+    def tally(self) -> str:
+        """How many of the checks hold, "11 of 12"."""
+        return f"{sum(check.holds for check in self.checks)} of {len(self.checks)}"
+
     def record(self) -> dict[str, Any]:
         """JSON values under the names of the evidence format, in its order."""
         values = {name: getattr(self, name) for name in FIELDS}

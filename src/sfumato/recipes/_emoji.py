@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,4 +86,20 @@ class Judge:
         return (self(images) * self.encoder.text(vector)).sum(1)
 
 
-__all__ = ["JUDGE", "Bench", "Judge", "bench"]
+def rms(x: Tensor, y: Tensor) -> float:
+    """Root mean square difference of states."""
+    return float((x - y).square().mean().sqrt())
+
+
+def seconds(runs: dict[str, Callable[[], Any]], times: int = 5) -> dict[str, float]:
+    """Median seconds of each run, in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(times):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+__all__ = ["JUDGE", "Bench", "Judge", "bench", "rms", "seconds"]

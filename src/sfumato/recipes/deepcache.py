@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +12,7 @@ from sfumato.acceleration.caching import deep_modules
 from sfumato.denoisers.features import network
 from sfumato.recipes import Check, Findings, recipe
 from sfumato.recipes import _plots as plots
-from sfumato.recipes._emoji import Bench, Judge, bench
+from sfumato.recipes._emoji import Bench, Judge, bench, rms, seconds
 
 STEPS, INTERVALS, N = 50, (2, 3, 5), 96
 CITATION = """@inproceedings{ma2024deepcache,
@@ -29,17 +26,6 @@ def work(b: Bench, denoiser: Any, steps: int) -> int:
     """Operations of a run of one item."""
     cond = {k: v[:1] for k, v in b.cond.items()}
     return acceleration.operations(lambda: b.draw(denoiser, steps=steps, shape=(1, *b.shape[1:]), cond=cond))
-
-
-def seconds(runs: dict[str, Callable[[], Any]], times: int = 5) -> dict[str, float]:
-    """Median seconds of each run, in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(times):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def redundancy(b: Bench, items: int = 16) -> Tensor:
@@ -58,11 +44,6 @@ def redundancy(b: Bench, items: int = 16) -> Tensor:
     b.draw(steps=STEPS, shape=(items, *b.shape[1:]), cond=None, batch=None, ctx=ctx)
     deep = torch.stack(seen)
     return torch.cosine_similarity(deep[1:], deep[:-1], dim=2).mean(1)
-
-
-def rms(x: Tensor, y: Tensor) -> float:
-    """Root mean square difference of states."""
-    return float((x - y).square().mean().sqrt())
 
 
 def picture(b: Bench, similar: Tensor, rows: dict[str, Tensor], curves: dict[str, list[tuple[float, float]]]) -> Any:

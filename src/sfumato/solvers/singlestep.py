@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from sfumato.core import Context, Denoiser, InputError, Solver, Step, Times, linear
 from sfumato.solvers._integral import VARIABLES, between, divides_by_zero, noise_std, reading, weights
@@ -124,6 +124,7 @@ class Fast(Singlestep):
     order: int = 1  # of its last steps, which do not shrink faster than the others
     form: str = "noise"
     nfe = 1.0
+    planned: ClassVar[bool] = True  # its times follow from the grid alone: known before the run
 
     def times(self, process: Any, grid: Sequence[float], x: Any, ctx: Context) -> Iterator[Times]:
         n = len(grid) - 1

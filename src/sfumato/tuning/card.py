@@ -20,6 +20,7 @@ from sfumato.solvers.scheduled import Scheduled, Subspace
 from sfumato.tuning.steps import planned
 
 FORMAT, STATISTICS = 1, ("lams", "l", "s", "b")
+START = "start."  # before the names of a start's tensors
 
 
 def fingerprint(denoiser: nn.Module) -> str:
@@ -93,11 +94,12 @@ class SamplerCard:
     nfe          denoiser calls an item
     skips        for each step the blocks that are left out
     tensors      coefficients, statistics, start tensors, by name
-    model, fingerprint, process, guidance   what it was tuned on
+    model, fingerprint, process, guidance (a scale or a spec)   what it was tuned on
     seeds        {'fitting', 'choosing', 'reporting'}: start noises; none is in two of them
     seconds      that the tuning took
     before, after  figures of the model's own sampler and of this one at ``nfe`` calls, on the reporting noises
     rows         all that was compared
+    begins       the start that a run begins from instead of the prior's noise, where it has one of its own: :meth:`starting`
     anyway       use it with any model: :meth:`unchecked`
     """
 
@@ -114,12 +116,13 @@ class SamplerCard:
     model: str = ""
     fingerprint: str = ""
     process: str = ""
-    guidance: float | None = None
+    guidance: float | str | None = None
     seeds: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     before: Mapping[str, Any] = field(default_factory=dict)
     after: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
+    begins: Mapping[str, Any] | None = None
     anyway: bool = False
 
     def __post_init__(self) -> None:
@@ -143,12 +146,40 @@ class SamplerCard:
         """The grid."""
         return grids.fixed(self.times) if self.times is not None else grids.registry.make(self.grid_spec or "")
 
+    def starting(self, start: Any) -> SamplerCard:
+        """The same card with runs that begin from ``start``: a TransportStart ('dpm-ot') or a BoundaryCondition ('optimal-bc').
+
+        InputError where the card's times are fixed and begin elsewhere than it.
+        """
+        if self.times is not None and self.times[0] != start.time:
+            raise InputError(
+                f"this card's times begin at t = {self.times[0]}, and the start is one at t = {start.time}"
+            )
+        kept = {k: v for k, v in self.tensors.items() if not k.startswith(START)}
+        tensors = kept | {START + k: v for k, v in start.tensors().items()}
+        return replace(self, start=start.time, begins={"name": start.name, **start.config()}, tensors=tensors)
+
+    def begin(self) -> Any:
+        """The start, ``start(process, shape, ctx) -> x`` raw at t = ``start``; None is the prior's noise."""
+        if self.begins is None:
+            return None
+        from sfumato.tuning.boundary import BoundaryCondition
+        from sfumato.tuning.semidiscrete import TransportStart
+
+        known: dict[str, Any] = {c.name: c for c in (TransportStart, BoundaryCondition)}
+        config = dict(self.begins)
+        name = config.pop("name")
+        if name not in known:
+            raise InputError(f"this card begins from a {name!r} start: known are {', '.join(known)}")
+        held = {k.removeprefix(START): v for k, v in self.tensors.items() if k.startswith(START)}
+        return known[name].of(held, config)
+
     def prepared(self, denoiser: Denoiser) -> Denoiser:
         """The (guided) denoiser as the card runs it: with the card's blocks left out."""
         return planned(denoiser, self.skips)
 
-    def check(self, denoiser: nn.Module, guidance: float | None = None) -> None:
-        """Refuse another model or another guidance scale than the card was tuned on (InputError); ``unchecked`` accepts all."""
+    def check(self, denoiser: nn.Module, guidance: float | str | None = None) -> None:
+        """Refuse another model or another guidance than the card was tuned on (InputError); ``unchecked`` accepts all."""
         if self.anyway:
             return
         found = fingerprint(denoiser)
@@ -157,9 +188,10 @@ class SamplerCard:
                 f"this sampler card was tuned on {self.model or 'another model'} (fingerprint {self.fingerprint}), and this "
                 f"model's fingerprint is {found}: tune it, or use the card all the same with card.unchecked() or --force"
             )
-        if guidance is not None and self.guidance is not None and guidance != self.guidance:
+        tuned, wanted = (g.replace(" ", "") if isinstance(g, str) else g for g in (self.guidance, guidance))
+        if wanted is not None and tuned is not None and wanted != tuned:
             raise InputError(
-                f"this sampler card was tuned at guidance {self.guidance:g}, not {guidance:g}: tune at that scale, leave "
+                f"this sampler card was tuned at guidance {_said(self.guidance)}, not {_said(guidance)}: tune at that, leave "
                 "guidance out, or use the card all the same with card.unchecked() or --force"
             )
 
@@ -213,6 +245,10 @@ class SamplerCard:
     def of(card: SamplerCard | str | Path) -> SamplerCard:
         """The card itself, or the one in a file."""
         return card if isinstance(card, SamplerCard) else SamplerCard.load(card)
+
+
+def _said(guidance: float | str | None) -> str:
+    return guidance if isinstance(guidance, str) else f"{guidance:g}"
 
 
 def _json(path: str | Path) -> Path:

@@ -21,7 +21,7 @@ from sfumato.tuning.card import SamplerCard, described, fingerprint
 from sfumato.tuning.target import Target, aim
 
 METHODS = ("auto", "untuned", "dpm-solver-v3", "usf", "olss", "subspace", "autodiffusion")
-GRIDS = ("arctan", "logsnr", "uniform", "quadratic", "karras", "quadratic(power=1.5)", "quadratic(power=3.0)")
+GRIDS = ("arctan", "arc", "logsnr", "uniform", "quadratic", "karras", "quadratic(power=1.5)", "quadratic(power=3.0)")
 EXTRA = (
     "dpm-solver++(order=3)", "dpm-solver++(order=2, variable='angle', corrector=True)",
     "dpm-solver++(order=3, variable='angle', corrector=True)", "dpm-solver++(order=3, form='v', variable='angle')",
@@ -55,12 +55,13 @@ def tune(
     shape: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
     cond: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
+    guidance: float | str | None = None,
     items: int = 24,
     unseen: int = 64,
     fine: int = 64,
     budget: int = 60,
     rehearsals: int = 1500,
+    by: Callable[[Tensor, Tensor], float] | None = None,
     seed: int = 0,
     model: str = "",
     told: Told | None = None,
@@ -73,10 +74,12 @@ def tune(
                the pipeline's solver), or 'auto': all of them
     prompts    what the model is told meanwhile (default: its classes or its table of captions, in turn)
     cond       raw conditions of a pipeline, or the tensors (n, *) of a Denoiser, whose rows are repeated
-    guidance   the scale (default: the pipeline's); another scale wants another card
+    guidance   the scale, or a spec such as "apg(scale=4)" (default: the pipeline's); another one wants another card
     items      starts to fit on, and as many others to choose on; ``unseen`` further ones for the figures that are reported
     fine       calls of the fine solution
     budget     true evaluations of each search; ``rehearsals`` further ones on a replay, without the network
+    by         what chooses among the searches' offers: (a sampler's ends, the fine ones) (n, *) -> a figure, less is better,
+               such as a distance between distributions. None: the score below
     seed       fitting, choosing and reporting noise are streams of mix(seed, 1), mix(seed, 2) and mix(seed, 3)
     told       hears {'stage', 'done', 'total', 'best', 'rows'} as it goes
 
@@ -112,19 +115,25 @@ def tune(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of collinear readings: the choice on other noise tells
             for entry in FINDERS[name](fitting, nfe, own, budget, rehearsals, seed, watch):
-                figures = _figures(choosing, entry)
+                figures = _figures(choosing, entry, by)
                 watch.row(entry, figures)
                 if name not in found or figures["score"] < watch.scores[found[name]]:
                     found[name] = entry
     eligible = [e for key, e in found.items() if method == "auto" or key in (method, "default")]
     for entry in found.values():
         if entry not in watch.scores:
-            watch.row(entry, _figures(choosing, entry))
+            watch.row(entry, _figures(choosing, entry, by))
     best = min(eligible, key=lambda e: watch.scores[e])
     watch("figures on unseen noise", 0, 1)
     reporting = target(3, "reporting", unseen)
     rows = [
-        {"method": key, "sampler": e.name, "nfe": _calls(e), "chosen": e is best, **_figures(reporting, e)}
+        {
+            "method": key,
+            "sampler": e.name,
+            "nfe": _calls(reporting, e),
+            "chosen": e is best,
+            **_figures(reporting, e, by),
+        }
         for key, e in found.items()
     ]
     watch.final(rows)
@@ -134,10 +143,10 @@ def tune(
     scale = guidance if guidance is not None else getattr(pipeline, "guidance", None)
     description, tensors = described(best.solver_spec or best.solver)
     return SamplerCard(
-        made_by=after["method"], description=description, steps=len(best.times) - 1, nfe=_calls(best),
+        made_by=after["method"], description=description, steps=len(best.times) - 1, nfe=after["nfe"],
         times=None if best.grid_spec else best.times, grid_spec=best.grid_spec, skips=best.skips, tensors=tensors,
         model=model, fingerprint=fingerprint(bare), process=repr(denoiser.process),
-        guidance=float(scale) if isinstance(scale, (int, float)) else None, seeds=seeds,
+        guidance=float(scale) if isinstance(scale, (int, float)) else scale if isinstance(scale, str) else None, seeds=seeds,
         seconds=round(time.perf_counter() - began, 2), before=before, after=after, rows=rows,
     )  # fmt: skip
 
@@ -206,6 +215,7 @@ def _counted(target: Target, spec: str, solver: Solver, grid: str, nfe: int) -> 
 
 
 def _calls_of(target: Target, entry: Entry) -> float:
+    """Network calls of a run, counted on the replay."""
     from sfumato.core import Context, sample
 
     replay = target.replay()
@@ -304,15 +314,21 @@ def _own(pipeline: Any, target: Target, nfe: int) -> Entry | None:
     return None if entry is None else replace(entry, method="default")
 
 
-def _figures(target: Target, entry: Entry) -> dict[str, Any]:
-    """Score, median with its 95% interval, and rms of the errors."""
-    errors = target.errors(entry.solver, entry.times, entry.denoiser(target))
+def _figures(target: Target, entry: Entry, by: Callable[[Tensor, Tensor], float] | None) -> dict[str, Any]:
+    """Score (or the figure that chooses), median with its 95% interval, and rms of the errors."""
+    ends = target.run(entry.solver, entry.times, entry.denoiser(target))
+    errors = target.distance(ends)
     low, high = median_interval(errors)
     finite = errors.clamp(max=1e6)
     return {
-        "score": target.score(errors), "median": float(finite.median()), "interval": [low, high],
+        "score": target.score(errors) if by is None else _judged(by, ends, target), "median": float(finite.median()), "interval": [low, high],
         "rms": float(finite.square().mean().sqrt()), "n": len(errors),
     }  # fmt: skip
+
+
+def _judged(by: Callable[[Tensor, Tensor], float], ends: Tensor, target: Target) -> float:
+    """The figure that chooses; infinite where a run diverged."""
+    return float(by(ends, target.ends)) if bool(ends.isfinite().all()) else math.inf
 
 
 def median_interval(values: Tensor) -> tuple[float, float]:
@@ -323,14 +339,15 @@ def median_interval(values: Tensor) -> tuple[float, float]:
     return float(ordered[low]), float(ordered[high])
 
 
-def _calls(entry: Entry) -> int:
-    solver = entry.solver
-    return (
-        solver.calls(len(entry.times) - 1) if hasattr(solver, "calls") else round(solver.nfe * (len(entry.times) - 1))
-    )
+def _calls(target: Target, entry: Entry) -> int:
+    """Calls of the guided denoiser: counted where a name makes the solver, else what the solver says."""
+    solver, n = entry.solver, len(entry.times) - 1
+    if entry.solver_spec is not None:
+        return round(_calls_of(target, entry))
+    return int(solver.calls(n)) if hasattr(solver, "calls") else round(solver.nfe * n)
 
 
-def _guided(pipeline: Any, guidance: float | None) -> Denoiser:
+def _guided(pipeline: Any, guidance: float | str | None) -> Denoiser:
     if isinstance(pipeline, Denoiser):
         if guidance is not None:
             raise InputError("wrap a Denoiser in its guidance before tuning it: sf.guidance.cfg(scale)(denoiser)")

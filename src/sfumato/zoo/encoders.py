@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato import networks
 from sfumato.core import InputError
+from sfumato.evaluation.features import EXTRACTORS
 from sfumato.files import bundled_models, write_atomically
 
 
@@ -53,3 +55,31 @@ def embed_images(encoder: nn.Module, images: Tensor, batch: int = 256) -> Tensor
         x = torch.nn.functional.avg_pool2d(part.float() / 127.5 - 1, factor) if factor > 1 else part.float() / 127.5 - 1
         out.append(encoder.image(x))  # type: ignore[operator]
     return torch.cat(out)
+
+
+class EncoderFeatures:
+    """A bundled dual encoder as a feature extractor: uint8 (B, 3, H, W) -> unit vectors (B, d), and texts into the same space.
+
+    H = W a multiple of 32. Texts are those of the bundled captions, or any with the extra 'text'.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.encoder = name, load_encoder(name)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return embed_images(self.encoder, images)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(M, d) unit vectors."""
+        from sfumato.conditioners import Text
+        from sfumato.zoo import captions
+
+        read = Text(captions.TOKENS, table=captions.TABLE)
+        return self.encoder.text(read(len(texts), list(texts))["vector"])  # type: ignore[operator]
+
+
+@EXTRACTORS.register("emoji-judge")
+def emoji_judge() -> EncoderFeatures:
+    """The encoder that no model was trained or guided with."""
+    return EncoderFeatures("emoji-judge")

@@ -25,7 +25,8 @@ class BoundaryDiffusion(Method):
 
     h' takes the place of the bottleneck's output in the first step down, and only there; afterwards nothing guides.
 
-    boundaries  of the attribute: :meth:`sfumato.editing.boundary.Boundaries.fit`
+    boundaries  of the attribute: :meth:`sfumato.editing.boundary.Boundaries.fit`; or give the edit a direction= that
+                `sfumato directions` learned
     distance    d in units of each boundary's ``spread``: 0 is the boundary itself, negative the other class. None moves
                 nothing: the plain inversion and back
     where       'both', only 'x' or only 'h'
@@ -42,17 +43,18 @@ class BoundaryDiffusion(Method):
     relative: bool = False
 
     needs = frozenset()
-    accepts = frozenset({"source"})
+    accepts = frozenset({"source", "direction"})
 
     def __post_init__(self) -> None:
         if self.where not in WHERE:
             raise InputError(f"where = {self.where!r}: one of {', '.join(WHERE)}")
 
     def __call__(self, task: Task) -> Tensor:
-        at = self.boundaries
-        if at is None:
+        at = self.boundaries or task.direction
+        if not isinstance(at, Boundaries):
             raise InputError(
-                "give boundaries=Boundaries.fit(denoiser, x0, labels, time): the attribute is learned from examples"
+                "the attribute is learned from examples: give direction=, a file of `sfumato directions` for "
+                "boundary-diffusion, or boundaries=Boundaries.fit(denoiser, x0, labels, time)"
             )
         plain: dict[str, Any] = {"denoiser": task.denoiser, "cond": task.source}
         x: Any = task.run(task.x0, start=0.0, stop=at.time, **plain).x

@@ -21,8 +21,8 @@ from sfumato.editing.recorded import NoiseMaps, record
 class HSpace(Method):
     """Record the noise that draws the image, and draw again with it and h_t + scale v_t in the place of the features h_t.
 
-    direction   a :class:`sfumato.editing.directions.Direction` (principal, mean_difference, ...). None finds one in the
-                image itself: the singular vector number ``component`` of the Jacobian d x0 / d h at the recorded state nearest
+    direction   a :class:`sfumato.editing.directions.Direction` (principal, mean_difference, ...), or the one that is given
+                to the edit, which `sfumato directions` may have learned. None finds one in the image itself: the singular vector number ``component`` of the Jacobian d x0 / d h at the recorded state nearest
                 to the time ``at``, as long as h is there, inside the mask if there is one
     scale       multiples of the direction; at 0 the image returns
     path        the submodule whose output is h, where the direction does not say it; default: the bottleneck
@@ -46,7 +46,7 @@ class HSpace(Method):
     asymmetric: bool = False
 
     needs = frozenset()
-    accepts = frozenset({"source", "mask"})
+    accepts = frozenset({"source", "mask", "direction"})
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
@@ -54,14 +54,17 @@ class HSpace(Method):
             raise InputError(f"component = {self.component} and at = {self.at}: 0, 1, ... and a time in (0, 1]")
 
     def __call__(self, task: Task) -> Tensor:
-        if self.direction is not None and task.mask is not None:
+        direction = self.direction or task.direction
+        if direction is not None and not isinstance(direction, Direction):
+            raise InputError("h-space follows a Direction; this one was learned for boundary-diffusion")
+        if direction is not None and task.mask is not None:
             raise InputError(
                 "a mask restricts the search of a direction, and one is given: leave out mask= or direction="
             )
         ctx, steps = task.context(task.source), max(1, round(task.steps * self.strength))
         solver = drawing(task.solver, self.eta)
         maps = record(task.denoiser, task.x0, solver=solver, grid=task.grid, steps=steps, start=self.strength, ctx=ctx)
-        direction = self._own(task, maps) if self.direction is None else self.direction
+        direction = self._own(task, maps) if direction is None else direction
         shift = direction.shift(self.scale, self.interval, self.asymmetric)
         again = task.context(task.source)
         x = maps.decode(shift(task.denoiser) if self.scale else task.denoiser, ctx=again)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sfumato.core import Context, Denoiser, InputError, Posterior, Solver, Step, Times, Wrap, Wrapper, linear
+from sfumato import core, grids, solvers
+from sfumato.core import (
+    Context,
+    Denoiser,
+    Grid,
+    Guidance,
+    InputError,
+    Posterior,
+    Solver,
+    Step,
+    Times,
+    Wrap,
+    Wrapper,
+    linear,
+)
 from sfumato.editing.base import Method, Task, register
+from sfumato.pipeline import Pipeline
 
 UPDATES = ("mixed", "state")
 
@@ -66,7 +83,7 @@ class MagicMix(Method):
     update        'mixed': the step starts from the mixed state; 'state': the network reads the mixed state and its noise
                   moves the unmixed one, as in the community implementation (where alpha > 0)
 
-    A layout of words is a picture made with them first. The correlation of the two noises, which keeps the variance, is
+    Without a picture :func:`mix` takes the layout from words. The correlation of the two noises, which keeps the variance, is
     that of deterministic solvers; stochastic ones are allowed and look smoother. What the picture shows (``source``) does not
     matter. Source: Liew, Yan, Zhou, Feng, 2022, "MagicMix: Semantic Mixing with Diffusion Models"; the re-weighting of single
     words in its appendix is a matter of attention and not here.
@@ -88,11 +105,59 @@ class MagicMix(Method):
     def __call__(self, task: Task) -> Tensor:
         ctx = task.context()
         x, noise = task.process.corrupt(task.x0, self.k_max, ctx)
-        mixing = Mixed(task.solver, task.x0, noise, self.nu, self.k_min, self.k_max)
-        if self.update == "mixed":
-            return task.solver.read(task.run(x, solver=mixing, start=self.k_max, ctx=ctx))  # type: ignore[return-value]
-        read = MixedReading(task.guided, mixing)
-        return task.solver.read(task.run(x, denoiser=read, start=self.k_max, ctx=ctx))  # type: ignore[return-value]
+        solver, denoiser = self.mixing(task.solver, task.guided, task.x0, noise)
+        return task.solver.read(task.run(x, solver=solver, denoiser=denoiser, start=self.k_max, ctx=ctx))  # type: ignore[return-value]
+
+    def mixing(self, solver: Solver, denoiser: Denoiser, layout: Tensor, noise: Tensor) -> tuple[Solver, Denoiser]:
+        """The solver and the guided denoiser that mix this layout in."""
+        mixing = Mixed(solver, layout, noise, self.nu, self.k_min, self.k_max)
+        return (mixing, denoiser) if self.update == "mixed" else (solver, MixedReading(denoiser, mixing))
 
 
-__all__ = ["MagicMix", "Mixed", "MixedReading"]
+@torch.no_grad()
+def mix(
+    pipeline: Pipeline,
+    layout: str,
+    prompt: str,
+    n: int = 1,
+    *,
+    method: MagicMix | None = None,
+    cond: Mapping[str, Any] | None = None,
+    steps: int = 50,
+    solver: str | Solver = "ddim",
+    grid: str | Grid | None = None,
+    guidance: float | str | Guidance | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """n pictures with the layout of what one prompt draws and the content of another: uint8 (n, 3, H, W).
+
+    The layout is what the model believes at t = k_max of a run under the prompt ``layout``; its noise is that belief's, so the
+    mixing begins exactly where that run stands. nu = 1 is one run that changes its prompt at k_max. Picture i depends on (seed, i) only.
+    Source: as 'magicmix', its text-text mode; whether the layout below k_max is this belief re-noised or the run's own
+    states the publication does not say.
+    """
+    method = method or MagicMix()
+    if method.k_max == 1:
+        raise InputError("k_max = 1 leaves no step in which the words could make a layout: give a time below 1")
+    chosen = solvers.registry.make(solver) if isinstance(solver, str) else solver
+    times = (chosen.grid or pipeline.grid) if grid is None else grid
+    visited = grids.registry.make(times) if isinstance(times, str) else times
+    denoiser = pipeline.guided(guidance)
+    device = next((p.device for p in pipeline.denoiser.parameters()), torch.device("cpu"))
+
+    def context(text: str, part: int) -> Context:  # the second run draws other noise than the first
+        own = core.mix(seed, part) if part else seed
+        return Context.of(n, own, cond=pipeline.conditions(n, [text] * n, **(cond or {})), device=device)
+
+    above, below = (max(1, round(steps * share)) for share in (1 - method.k_max, method.k_max))
+    shape = (n, *pipeline.codec.shape(*pipeline.size))
+    run = core.trajectory(denoiser, chosen, visited, above, shape=shape, stop=method.k_max, ctx=context(layout, 0))
+    for st in run:
+        x: Any = chosen.read(st)
+    belief: Any = denoiser(x, method.k_max, context(layout, 0))
+    steered, mixed = method.mixing(chosen, denoiser, belief.mean, belief.view("eps"))
+    *_, st = core.trajectory(mixed, steered, visited, below, x=x, start=method.k_max, ctx=context(prompt, 1))
+    return pipeline.codec.images(chosen.read(st))  # type: ignore[arg-type]
+
+
+__all__ = ["MagicMix", "Mixed", "MixedReading", "mix"]

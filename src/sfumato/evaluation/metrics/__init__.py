@@ -1,5 +1,6 @@
 """Figures as pure functions of tensors: float64 inside, any float dtype and device outside, a Measurement each."""
 
+from sfumato.evaluation.metrics.calibration import expected_calibration_error
 from sfumato.evaluation.metrics.classifier import (
     CLASSIFIERS,
     classification_accuracy,
@@ -24,10 +25,12 @@ from sfumato.evaluation.metrics.manifold import (
     memorisation_ratio,
     precision_recall,
 )
+from sfumato.evaluation.metrics.spectrum import detail_error, radial_power
 
 __all__ = [
-    "CLASSIFIERS", "classification_accuracy", "classifier_two_sample", "density_coverage", "expected_coverage",
+    "CLASSIFIERS", "classification_accuracy", "classifier_two_sample", "density_coverage", "detail_error", "expected_calibration_error",
+    "expected_coverage",
     "frechet_distance", "frechet_from_moments", "kernel_distance", "median_distance", "memorisation_rate",
-    "memorisation_ratio", "precision_recall", "psnr", "psnr_each", "rbf_distance", "retrieval_accuracy",
+    "memorisation_ratio", "precision_recall", "psnr", "psnr_each", "radial_power", "rbf_distance", "retrieval_accuracy",
     "sliced_wasserstein", "ssim", "ssim_each", "text_agreement", "wasserstein_1d",
 ]  # fmt: skip

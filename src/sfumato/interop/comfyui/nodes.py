@@ -18,7 +18,7 @@ def _is_flow(model: Any) -> bool:
 class SfumatoSampler:
     """A solver as a SAMPLER for SamplerCustom; ``options`` are its numbers, such as ``order=3``."""
 
-    CATEGORY, FUNCTION, RETURN_TYPES = "sampling/custom_sampling/samplers", "make", ("SAMPLER",)
+    CATEGORY, FUNCTION, RETURN_TYPES = "model/sampling/samplers", "make", ("SAMPLER",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
@@ -38,7 +38,7 @@ class SfumatoSampler:
 class SfumatoSigmas:
     """A grid as SIGMAS; ``options`` are its numbers, ``denoise`` below 1 begins later, for image to image."""
 
-    CATEGORY, FUNCTION, RETURN_TYPES = "sampling/custom_sampling/schedulers", "make", ("SIGMAS",)
+    CATEGORY, FUNCTION, RETURN_TYPES = "model/sampling/schedulers", "make", ("SIGMAS",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
@@ -62,7 +62,7 @@ class SfumatoSigmas:
 
 
 class SfumatoGuidance:
-    """Classifier-free guidance of ours on a MODEL: within an interval of t, rescaled. The sampler's own scale must not be 1."""
+    """Classifier-free guidance of ours on a MODEL: within an interval of t, rescaled. The sampler's own scale does not count."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "advanced/guidance", "make", ("MODEL",)
 
@@ -85,7 +85,10 @@ class SfumatoGuidance:
         guidance = cfg(
             scale, interval=None if (low, high) == (0.0, 1.0) else (low, high), rescale=rescale, batched=False
         )
-        patched.set_model_sampler_cfg_function(k_guidance(guidance, flow=_is_flow(model)))
+        # at its own scale of 1 ComfyUI would not ask for the negative prompt
+        patched.set_model_sampler_cfg_function(
+            k_guidance(guidance, flow=_is_flow(model)), disable_cfg1_optimization=True
+        )
         return (patched,)
 
 

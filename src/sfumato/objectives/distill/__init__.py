@@ -7,6 +7,7 @@ from sfumato.objectives.distill.matching import DistributionMatching
 from sfumato.objectives.distill.moments import SamplerMMD, squared_mmd
 from sfumato.objectives.distill.segments import Segments, matched
 from sfumato.objectives.distill.slimflow import AnnealingReflow, FlowGuided
+from sfumato.objectives.distill.timeaware import TimeAware
 from sfumato.objectives.distill.unrolled import Unrolled
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FlowGuided",
     "SamplerMMD",
     "Segments",
+    "TimeAware",
     "Unrolled",
     "matched",
     "squared_mmd",
