@@ -25,6 +25,11 @@ class Conditioner:
     def __call__(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
         raise NotImplementedError(f"{type(self).__name__} must say what its conditions are")
 
+    @property
+    def vocabulary(self) -> list[str]:
+        """Prompts that it knows by name; none where it reads any words, or none at all."""
+        return []
+
 
 def choices(name: str, given: Any, n: int, options: Sequence[str]) -> Tensor:
     """One of the named options, or one an item, or None for the null class: int64 (n,)."""
@@ -64,6 +69,10 @@ class Classes(Conditioner):
         self.config = {"classes": {k: list(v) for k, v in classes.items()}}
         self.classes = self.config["classes"]
 
+    @property
+    def vocabulary(self) -> list[str]:
+        return list(next(iter(self.classes.values())))
+
     def __call__(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
         first = next(iter(self.classes))
         if prompts is not None:
@@ -99,6 +108,10 @@ class Text(Conditioner):
             encoder = SentenceEncoder()
             self._encoder = EmbeddingTable.load(BUNDLED / self.table, encoder) if self.table else encoder
         return self._encoder
+
+    @property
+    def vocabulary(self) -> list[str]:
+        return list(self.encoder.captions) if self.table else []
 
     def __call__(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
         _known(raw, self.classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,13 +68,29 @@ class Pipeline:
         return guided
 
     def accelerated(self, by: str | Guidance) -> Pipeline:
-        """The same pipeline with less work a call: a spec such as "deepcache(interval=3)", or any Denoiser -> Denoiser.
+        """The same pipeline with less work a call: a spec such as "deepcache(interval=3)" or "int8", or any Denoiser -> Denoiser.
 
         It is put inside guidance. ``sfumato.acceleration.names()`` lists the registered ones.
         """
-        wrap = acceleration.get(by) if isinstance(by, str) else by
+        wrap = acceleration.get(by, self.calibration) if isinstance(by, str) else by
         made: Any = wrap(self.denoiser)
         return dataclasses.replace(self, denoiser=made)
+
+    def calibration(self, n: int = 64, steps: int = 20, seed: int = 1) -> acceleration.Calibration:
+        """What the network meets in n of the pipeline's own runs, of what it knows by name: see ``acceleration.denoised``."""
+        known = list(self.conditioner.vocabulary)
+        random.Random(seed).shuffle(known)
+        cond = self.conditions(n, [known[i % len(known)] for i in range(n)] if known else None)
+        return acceleration.denoised(
+            self.guided(),
+            n,
+            self.codec.shape(*self.size),
+            cond=cond,
+            grid=self.grid,
+            steps=steps,
+            dropout=0.3,
+            seed=seed,
+        )
 
     def conditions(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
         """What the network reads, for n images."""

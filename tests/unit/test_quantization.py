@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sfumato as sf
-from sfumato import networks, processes
+from sfumato import acceleration, networks, processes
 from sfumato.acceleration import Calibration, denoised, int8, noised, quantization, quantized
 from sfumato.acceleration.calibration import shares, told
 from sfumato.acceleration.integers import Int8
@@ -370,3 +371,23 @@ def test_a_layer_that_calibration_never_reaches_is_named():
     d = sf.parametrized(Two(), processes.Flow(), "flow")
     with pytest.raises(InputError, match="idle"):
         quantized(d, denoised(d, 4, (2, 4, 4), steps=2))
+
+
+def test_specs_are_fitted_to_the_pipelines_own_runs_and_compose() -> None:
+    pipe = sf.load("digits")
+    plain = pipe.generate(["three", "five"], steps=6, guidance=2.0)
+    calibration = pipe.calibration(8, 4, 3)
+    again = pipe.calibration(8, 4, 3)
+    assert torch.equal(calibration.x, again.x) and len(calibration) == 8 and set(calibration.cond) == {"y"}
+    by_hand = dataclasses.replace(pipe, denoiser=acceleration.quantized(pipe.denoiser, calibration))
+    by_name = pipe.accelerated("quantized(items=8, steps=4, seed=3)")
+    drawn = [p.generate(["three", "five"], steps=6, guidance=2.0) for p in (by_hand, by_name)]
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], plain)
+    fine = pipe.generate(
+        ["three", "five"], steps=6, guidance=2.0, accelerate="quantized(weights=16, activations=16, items=64)"
+    )
+    assert (fine.double() - plain.double()).abs().mean() < 2
+    both = pipe.generate(["three"], steps=6, accelerate="int8(items=8, steps=4) | deepcache(interval=2)")
+    assert both.shape == (1, 1, 8, 8)
+    with pytest.raises(InputError, match="give a Pipeline"):
+        acceleration.get("int8")

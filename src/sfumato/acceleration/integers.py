@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from sfumato.acceleration._registry import Fitted, register
 from sfumato.acceleration.calibration import Calibration
 from sfumato.acceleration.quantization import Quantized, _rebuilt, layers, quantized
 from sfumato.acceleration.ranges import Quantizer
@@ -123,6 +124,15 @@ def int8(denoiser: Denoiser, calibration: Calibration | None = None, **options: 
     if not new:
         raise InputError("no layer has quantised inputs: activations=8")
     return _rebuilt(denoiser, new)
+
+
+@register("int8")
+def fitted(items: int = 64, steps: int = 20, seed: int = 1) -> Fitted:
+    """Linear layers and convolutions on the 8-bit integers of a CPU, their ranges fitted to runs of the model.
+
+    items, steps, seed  of those runs; :func:`sfumato.acceleration.int8` takes a calibration set of your own
+    """
+    return Fitted(int8, items, steps, seed)
 
 
 __all__ = ["Int8", "codes", "int8"]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sfumato.acceleration._registry import Fitted, register
 from sfumato.acceleration.calibration import Batch, Calibration
 from sfumato.acceleration.ranges import SEARCHES, Quantizer, levels, per_channel, search
 from sfumato.core import Context, Denoiser, InputError, Solver, Step, Times, Wrap, rebuild
@@ -162,6 +163,23 @@ def quantized(
             raise InputError(f"{path} never called scaled_dot_product_attention: attention=False, or skip= it")
         attends.seen = None
     return made
+
+
+@register("quantized")
+def fitted(
+    weights: int = 8,
+    activations: int | None = 8,
+    attention: bool = True,
+    items: int = 64,
+    steps: int = 20,
+    seed: int = 1,
+) -> Fitted:
+    """Fewer bits simulated in floats, to see what they cost: :func:`sfumato.acceleration.quantized` on runs of the model."""
+
+    def make(denoiser: Denoiser, calibration: Calibration) -> Denoiser:
+        return quantized(denoiser, calibration, weights=weights, activations=activations, attention=attention)
+
+    return Fitted(make, items, steps, seed)
 
 
 def _layers(net: nn.Module, skip: str | None) -> dict[str, Any]:

@@ -89,9 +89,9 @@ def compare(
     target = aim(denoiser, (n, *event), seed=mix(seed, 0), cond=given, steps=fine, batch=batch)
     wraps: dict[str, Denoiser] = {"": denoiser}
     for spec in accelerations:
-        wrap = acceleration.get(spec)
-        inner = isinstance(pipeline, Denoiser)
-        wraps[f", {spec}"] = wrap(denoiser) if inner else pipeline.accelerated(spec).guided(guidance)
+        bare = isinstance(pipeline, Denoiser)
+        made = acceleration.get(spec)(denoiser) if bare else pipeline.accelerated(spec).guided(guidance)
+        wraps[f", {spec}"] = made
     arms = [
         _sampler(s, g, calls, name, wrapped)
         for name, wrapped in wraps.items() for calls in nfe for s in solvers for g in grids

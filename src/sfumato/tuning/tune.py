@@ -363,17 +363,8 @@ def _conditions(
     if isinstance(pipeline, Denoiser):
         turn = {k: [i % len(v) for i in range(n)] for k, v in (cond or {}).items() if isinstance(v, Tensor)}
         return {k: v[turn[k]] if k in turn else v for k, v in (cond or {}).items()}
-    heard = list(prompts) if prompts is not None else _vocabulary(pipeline.conditioner)
+    heard = list(prompts) if prompts is not None else pipeline.conditioner.vocabulary
     if heard:
         random.Random(seed).shuffle(heard)
         heard = [heard[i % len(heard)] for i in range(n)]
     return pipeline.conditions(n, heard or None, **(cond or {}))  # type: ignore[no-any-return]
-
-
-def _vocabulary(conditioner: Any) -> list[str]:
-    """What a conditioner knows by name: its table of captions, or its first classes."""
-    if getattr(conditioner, "table", None):
-        return list(conditioner.encoder.captions)
-    if conditioner.name == "classes":
-        return list(next(iter(conditioner.classes.values())))
-    return []
