@@ -1,5 +1,5 @@
-"""Write docs/reference/ and the README's table from what is registered and from every command's help, and docs/samplers.md and
-docs/editing.md from their measurements: ``make docs``."""
+"""Write docs/reference/ and the README's table from what is registered and from every command's help, and docs/samplers.md,
+docs/editing.md and docs/acceleration.md from their measurements: ``make docs``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from sfumato import codecs, editing, evaluation, grids, networks, recipes, solvers
+from sfumato import acceleration, codecs, editing, evaluation, grids, networks, recipes, solvers
 from sfumato.cli import app
 from sfumato.guidance._registry import registry as guidances
 from sfumato.zoo import sets
@@ -23,6 +23,7 @@ REGISTRIES = {
     "grids": grids.registry,
     "edits": editing.registry,
     "guidances": guidances,
+    "accelerations": acceleration.registry,
     "networks": networks.base.registry,
     "codecs": codecs.base.registry,
     "metrics": evaluation.METRICS,
@@ -73,20 +74,27 @@ def verdict(slug: str) -> str:
     return "not run" if kept is None else "holds" if kept.holds else "does not hold"
 
 
+def tally(slug: str) -> str:
+    """How many checks of the last measurement hold; nothing where none was made."""
+    kept = recipes.evidence(slug) if slug in recipes.names() else None
+    return "" if kept is None else kept.tally
+
+
 def systems() -> str:
-    """Every published system with its last verdict."""
+    """Every published system with its last verdict; one that fails any of its checks does not hold."""
     papers = recipes.papers()
     verdicts = {paper.slug: verdict(paper.slug) for paper in papers}
     made, held = (
         sum(v in kinds for v in verdicts.values()) for kinds in (("holds", "does not hold", "not run"), ("holds",))
     )
     lines = [
-        f"{len(papers)} systems, {made} with a recipe, {held} of them hold.",
+        f"{len(papers)} systems, {made} with a recipe; {held} hold in every check. A check is a claim of the paper at the size of this "
+        "repository, written before it was run; a system that fails one of them does not hold.",
         "",
-        "| slug | title | family | verdict |",
+        "| slug | title | family | verdict | checks that hold |",
     ]
-    lines += ["|---|---|---|---|"]
-    lines += [f"| {paper.slug} | {paper.title} | {paper.family} | {verdicts[paper.slug]} |" for paper in papers]
+    lines += ["|---|---|---|---|---|"]
+    lines += [f"| {p.slug} | {p.title} | {p.family} | {verdicts[p.slug]} | {tally(p.slug)} |" for p in papers]
     return "\n".join(lines) + "\n"
 
 
@@ -109,7 +117,7 @@ def main() -> None:
     for name, text in pages().items():
         (OUT / name).write_text(text, "utf-8")
     README.write_text(with_systems(README.read_text("utf-8")), "utf-8")
-    for page in ("samplers", "editing"):  # beside this file
+    for page in ("samplers", "editing", "acceleration"):  # beside this file
         importlib.import_module(page).write()
     print(f"{OUT}: {len(pages())} pages")
 

@@ -85,6 +85,13 @@ def test_several_prompts_for_one_picture(run, models, words, tmp_path):
     assert Shards(tmp_path / "set").card["also"] == ["a star"]
 
 
+def test_the_line_names_the_acceleration_and_an_empty_one_is_none(run, models):
+    given = ("sample", "noto", "-m", models / "styled", "-n", 1, "--steps", 2)
+    assert "deepcache(interval=2)" in run(*given, "--accelerate", "deepcache(interval=2)").fine().stdout
+    empty = run(*given, "--accelerate", "")
+    assert empty.status == 2 and "no acceleration named" in empty.stderr
+
+
 def test_small_pictures_are_enlarged_to_be_seen(run, models, tmp_path):
     run("sample", "-m", models / "styled", "-n", 1).fine()
     assert pixels(tmp_path / "out.png").shape == (128, 128, 3)
@@ -157,7 +164,7 @@ def test_a_model_that_reads_words_is_given_the_captions_of_the_reference(run, mo
 def test_papers_lists_all_systems(run):
     found = run("papers", "--json").record
     assert found["systems"] == len(found["papers"]) == 109
-    assert list(found["papers"][0]) == ["slug", "title", "family", "kind", "command", "verdict"]
+    assert list(found["papers"][0]) == ["slug", "title", "family", "kind", "command", "verdict", "checks"]
     some = run("papers", "--family", "solvers", "--json").record["papers"]
     assert {row["family"] for row in some} == {"solvers"} and 0 < len(some) < 109
     assert "dpm-solver-pp" in run("papers").stdout

@@ -28,6 +28,7 @@ BUDGETS = (5, 8, 10, 15, 20)
 COLORS = (
     "#2e86ab", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#66a182", "#22303c", "#b5651d", "#7a7a7a", "#e07a5f",
 )  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True)
@@ -249,23 +250,14 @@ def picture(table: Table) -> Any:
     axes = made.subplots(1, 2, sharey=True)
     by, _ = ranked(list(table))
     known = [row for row in table if by in row]
-    for i, (solver, grid) in enumerate(dict.fromkeys((row["solver"], row["grid"]) for row in known)):
+    lines = list(dict.fromkeys((row["solver"], row["grid"]) for row in known))
+    for i, (solver, grid) in enumerate(lines):
         rows = [row for row in known if (row["solver"], row["grid"]) == (solver, grid)]
-        label = solver if grid in ("", "arctan") else f"{solver}, {grid}"
+        label = f"{solver}, {grid}" if sum(name == solver for name, _ in lines) > 1 else solver
         for ax, cost in zip(axes, ("calls", "seconds"), strict=True):
-            _line(ax, rows, cost, by, COLORS[i % len(COLORS)], label)
+            _line(ax, rows, cost, by, i, label)
     for ax, cost in zip(axes, ("calls", "seconds"), strict=True):
-        front = sorted((row[cost], row[by]["value"]) for row in known if row["front"] in (cost, "both"))
-        if front:
-            ax.scatter(*zip(*front, strict=True), s=90, facecolors="none", edgecolors="#22303c", lw=1.2, zorder=5,
-                       label="front")  # fmt: skip
-        ax.set(xlabel="network calls an image" if cost == "calls" else "seconds an image")
-        if by == "error":
-            ax.set_yscale("log")
-        if max(row[cost] for row in known) > 20 * min(row[cost] for row in known):
-            ax.set_xscale("log")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#d5dbe0", lw=0.5)
+        _finished(ax, known, cost, by)
     axes[0].set_ylabel("median distance to the fine solution" if by == "error" else known[0][by]["name"])
     made.suptitle(table.title, fontsize=10)
     axes[1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1.0), loc="upper left")
@@ -274,12 +266,31 @@ def picture(table: Table) -> Any:
     return Image.open(buffer).convert("RGB")
 
 
-def _line(ax: Any, rows: Sequence[Mapping[str, Any]], cost: str, by: str, color: str, label: str) -> None:
-    """One sampler with its intervals: a band, or a bar where it has one row only."""
+def _line(ax: Any, rows: Sequence[Mapping[str, Any]], cost: str, by: str, i: int, label: str) -> None:
+    """One sampler with its intervals: a band, or bars where they would cover each other."""
+    color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
     points = sorted((row[cost], row[by]["value"], row[by]["low"], row[by]["high"]) for row in rows)
     x, y, low, high = zip(*points, strict=True)
-    ax.plot(x, y, color=color, lw=1.6, marker="o", ms=4, label=label)
-    if len(x) == 1:
-        ax.plot([x[0], x[0]], [low[0], high[0]], color=color, lw=1, alpha=0.5)
-    else:
+    ax.plot(x, y, color=color, lw=1.6, marker=marker, ms=5, label=label, zorder=3)
+    if len(x) > 1 and by == "error":
         ax.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
+    else:
+        ax.vlines(x, low, high, color=color, lw=0.8, alpha=0.3)
+
+
+def _finished(ax: Any, rows: Sequence[Mapping[str, Any]], cost: str, by: str) -> None:
+    """The front, scales and labels of one side."""
+    from matplotlib.ticker import FuncFormatter
+
+    front = sorted((row[cost], row[by]["value"]) for row in rows if row["front"] in (cost, "both"))
+    if front:
+        x, y = zip(*front, strict=True)
+        ax.scatter(x, y, s=110, facecolors="none", edgecolors="#22303c", lw=1.2, zorder=5, label="front")
+    ax.set(xlabel="network calls an image" if cost == "calls" else "seconds an image")
+    if by == "error":
+        ax.set_yscale("log")
+    if max(row[cost] for row in rows) > 20 * min(row[cost] for row in rows):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="#d5dbe0", lw=0.5)
