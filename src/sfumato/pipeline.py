@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sfumato import acceleration, codecs, conditioners, grids, networks, processes, solvers
 from sfumato import guidance as guidances
+from sfumato.acceleration.integers import Int8
+from sfumato.acceleration.quantization import Quantized
 from sfumato.core import Context, Grid, Guidance, InputError, Solver, Step, Streams, trajectory
 from sfumato.denoisers import Parametrized, parametrized
 from sfumato.files import bundled_models, write_atomically
@@ -72,6 +74,10 @@ class Pipeline:
 
         It is put inside guidance. ``sfumato.acceleration.names()`` lists the registered ones.
         """
+        if not (isinstance(by, str) or callable(by)):
+            raise InputError(
+                f"an acceleration is a spec such as 'deepcache(interval=3)' or Denoiser -> Denoiser, not {by!r}"
+            )
         wrap = acceleration.get(by, self.calibration) if isinstance(by, str) else by
         made: Any = wrap(self.denoiser)
         return dataclasses.replace(self, denoiser=made)
@@ -205,7 +211,8 @@ class Pipeline:
             raise InputError("a sampler card brings its own steps, solver and grid: give either sampler= or those")
         if card.stop != 0.0 or (card.start != 1.0 and card.begins is None):
             raise InputError(f"this card's sampler runs from t = {card.start} to {card.stop}, not from noise to data")
-        card.check(self.denoiser, guidance if isinstance(guidance, (int, float, str)) else None)
+        inner = next((m for m in self.denoiser.modules() if isinstance(m, Parametrized)), self.denoiser)
+        card.check(inner, guidance if isinstance(guidance, (int, float, str)) else None)
         return card
 
     @torch.no_grad()
@@ -245,6 +252,10 @@ class Pipeline:
         if not isinstance(self.denoiser, Parametrized):
             raise InputError(
                 f"a {type(self.denoiser).__name__} around the network is not kept: save the pipeline without it"
+            )
+        if any(isinstance(m, (Quantized, Int8)) for m in self.denoiser.modules()):
+            raise InputError(
+                "a quantised network is not kept: save the pipeline without it, and quantise what is loaded"
             )
         for name in ("solver", "grid", "guidance"):
             if not isinstance(getattr(self, name), (str, int, float)):

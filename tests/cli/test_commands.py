@@ -161,6 +161,12 @@ def test_a_model_that_reads_words_is_given_the_captions_of_the_reference(run, mo
     assert run("evaluate", models / "worded", *options, "--json").record["prompts_of_reference"] is True
 
 
+def test_demo_says_before_it_draws_that_a_file_is_no_folder(run, tmp_path):
+    (tmp_path / "here.png").write_bytes(b"kept")
+    said = run("demo", "--out", "here.png")
+    assert said.status == 2 and "is a file" in said.stderr and (tmp_path / "here.png").read_bytes() == b"kept"
+
+
 def test_papers_lists_all_systems(run):
     found = run("papers", "--json").record
     assert found["systems"] == len(found["papers"]) == 109

@@ -86,6 +86,10 @@ def test_wrong_requests_are_one_line(run, models, words, kinds, tmp_path):
         (("directions", model, *kinds, "--method", "edict"), "h-space"),
         (("directions", model, *kinds, "--method", "h-space", "--time", 0.3), "time="),
         (("directions", model, *kinds, "--time", 2), "(0, 1]"),
+        (("directions", model, *kinds, "-n", 9), "9 and 9 pictures: a boundary is learned from at least 10"),
+        (("directions", model, *kinds, "--steps", 6), "a multiple, or time="),
+        (("directions", model, *kinds, "--component", 1), "leave it out"),
+        (("directions", model, *kinds, "--method", "h-space", "--component", 1), "leave it out"),
         (("directions", model, "--from", "digits:train=eleven"), "eleven"),
         (("directions", model, "--from", "nowhere"), "nowhere"),
         (edit, "sfumato directions"),
@@ -107,3 +111,9 @@ def test_a_part_of_a_set_is_a_class_or_words_of_a_caption(run, models):
         "--steps", 4, "--json",
     ).record  # fmt: skip
     assert found["pictures"] == [10, 10] and found["from"] == "digits:train=three"
+
+
+def test_a_grey_model_learns_from_grey_pictures(run):
+    halves = "--from", "digits:train=three", "--to", "digits:train=eight"
+    found = run("directions", "digits", *halves, "-n", 10, "--time", 0.5, "--steps", 4, "--json").record
+    assert found["pictures"] == [10, 10]

@@ -32,6 +32,7 @@ def test_the_choice_can_be_by_the_distance_of_distributions(run, models):
     scores = [[row["score"] for row in found["rows"]] for found in (near, alike)]
     assert scores[0] != scores[1] and min(scores[1]) > 0
     assert "'trajectory' or 'distance'" in run(*options, "--by", "magic").stderr
+    assert run(*options, "--by", "distance", "--items", 2).record["nfe"] <= 3
 
 
 def test_a_card_of_another_model_is_refused(run, models, words):
@@ -81,3 +82,8 @@ def test_compare_ranks_students_and_accelerated_models_by_the_quality_of_their_p
     assert (tmp_path / "q.png").stat().st_size > 5000
     assert "kernel" in run(*asked, *more, "--metric", "kernel").fine().stdout
     assert "magic" in run(*asked, "--accelerate", "magic").stderr
+    assert "--reference" in run(*asked, "--metric", "kernel").stderr
+    words = run(*asked, "--reference", "digits:train", "--features", "pixels", "--metric", "text-agreement")
+    assert words.status == 2 and "--prompt" in words.stderr
+    apart = run(*asked, "--also", "digits").fine().stdout
+    assert "no common starts" in apart and "digits on ," not in apart

@@ -201,11 +201,14 @@ def test_an_acceleration_goes_inside_guidance_and_beside_a_sampler_card() -> Non
         pipe.accelerated("deepcache(interval=2)").generate(["three", "five"], steps=4, guidance=2.0), faster
     )
     card = sf.tune(pipe, 3, "untuned", guidance=2.0, items=2, unseen=2, fine=8, budget=2)
-    assert (
-        pipe.generate(["three"], sampler=card, accelerate="deepcache").shape
-        == pipe.generate(["three"], sampler=card).shape
-    )
+    tuned = pipe.generate(["three"], sampler=card, accelerate="deepcache")
+    assert torch.equal(tuned, pipe.accelerated("deepcache").generate(["three"], sampler=card))
     with pytest.raises(InputError, match="not kept"):
         pipe.accelerated("deepcache").save("nowhere")
+    for spec in ("int8(items=2, steps=2)", "quantized(items=2, steps=2)"):
+        with pytest.raises(InputError, match="a quantised network is not kept"):
+            pipe.accelerated(spec).save("nowhere")
+    with pytest.raises(InputError, match="not 3"):
+        pipe.generate(1, accelerate=3)  # type: ignore[arg-type]
     with pytest.raises(sf.core.SfumatoError, match="deepcache"):
         pipe.generate(1, accelerate="magic")

@@ -10,6 +10,8 @@ import typer
 
 from sfumato.cli._app import Answer, command, scale_or_spec
 
+FEATURES, METRIC = "efficientnet-lite0", "frechet"
+
 
 @command("compare")
 def compare(
@@ -40,8 +42,8 @@ def compare(
     ] = None,
     features: Annotated[
         str, typer.Option(help="Of that quality: efficientnet-lite0, mobilenet-v2, emoji-judge, pixels.")
-    ] = "efficientnet-lite0",
-    metric: Annotated[str, typer.Option(help="Of that quality: frechet, kernel, text-agreement, ...")] = "frechet",
+    ] = FEATURES,
+    metric: Annotated[str, typer.Option(help="Of that quality: frechet, kernel, text-agreement, ...")] = METRIC,
     n: Annotated[int, typer.Option("-n", min=8, help="Start noises.")] = 32,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Prompts, in turn; may be repeated.")] = None,
     guidance: Annotated[
@@ -64,6 +66,8 @@ def compare(
 
     if out is not None and out.suffix != ".png":
         raise InputError(f"{out}: the picture is a .png file")
+    if reference is None and (features, metric) != (FEATURES, METRIC):
+        raise InputError("--features and --metric say how pictures are judged against --reference: give that too")
     pipeline = sfumato.load(model)
     quality = None
     if reference is not None:
@@ -104,12 +108,17 @@ def _quality(
     from sfumato.cli.data import pictures
     from sfumato.cli.evaluate import coloured
     from sfumato.conditioners import Text
+    from sfumato.core.errors import InputError
 
     wanted = pictures(reference, pipeline.size[0]).some(n)
     if prompts is None and isinstance(pipeline.conditioner, Text) and "caption" in wanted:
         prompts = [wanted["caption"][i % len(wanted["caption"])] for i in range(n)]
     asked = [prompts[i % len(prompts)] for i in range(n)] if prompts else None
     told = asked if metric == "text-agreement" else None
+    if metric == "text-agreement" and told is None:
+        raise InputError(
+            "text-agreement compares pictures with words: give --prompt, or a model and a reference of words"
+        )
 
     def quality(images: Any) -> Any:
         table = evaluation.evaluate(
@@ -121,6 +130,12 @@ def _quality(
             prompts=told,
         )
         return evaluation.Measurement.from_row(table.rows[0])
+
+    if told is None:
+        try:
+            quality(wanted["x"])  # before anything is drawn: too few pictures for this metric, an unknown name
+        except InputError as error:
+            raise InputError(f"{error} (-n {n} pictures of each side here)") from error
 
     return quality, prompts
 
@@ -136,7 +151,8 @@ def _shown(table: Any, out: Path | None) -> Any:
     notes = []
     for row in table:
         if "refused" in row:
-            notes.append(f"{row['solver']} on {row['grid']}, {row['calls']} calls: {row['refused']}")
+            where = f" on {row['grid']}" if row["grid"] else ""
+            notes.append(f"{row['solver']}{where}, {row['calls']} calls: {row['refused']}")
             continue
         error = row.get("error")
         figures = (

@@ -44,6 +44,10 @@ def demo(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> Answer:
     """Draw out/demo.png: words to pictures with each bundled model, a run from noise to picture, and fewer steps."""
+    from sfumato.core.errors import InputError
+
+    if out.is_file():
+        raise InputError(f"{out} is a file: --out is the folder that demo.png is written to")
     import time
 
     from sfumato.cli._pictures import save

@@ -78,8 +78,9 @@ def _pictures(source: str, pipeline: Any, number: int) -> Tensor:
 
     name, equals, words = (source, "", "") if Path(source).exists() else source.partition("=")
     found = pictures(name, pipeline.size[0])
+    grey = getattr(pipeline.codec, "channels", 3) == 1
     if not equals:
-        return coloured(found.some(number)["x"])
+        return found.some(number)["x"] if grey else coloured(found.some(number)["x"])
     every = found.some(None)
     classes = [found.classes[k] for k in every["label"].tolist()] if found.classes and "label" in every else []
     captions = every.get("caption", [""] * len(found))
@@ -88,7 +89,7 @@ def _pictures(source: str, pipeline: Any, number: int) -> Tensor:
         known = f"; its classes: {', '.join(found.classes)}" if found.classes else ""
         raise InputError(f"{name} has nothing that shows {words!r}{known}")
     few = rows if len(rows) <= number else [rows[i * len(rows) // number] for i in range(number)]
-    return coloured(every["x"][few])
+    return every["x"][few] if grey else coloured(every["x"][few])
 
 
 def _shown(card: dict[str, Any], out: Path) -> str:
@@ -97,4 +98,6 @@ def _shown(card: dict[str, Any], out: Path) -> str:
     if "time" in card:
         known = card["accuracy"]
         said += f"; boundary at t = {card['time']:g}, right in cross validation: {known['x']:.0%} of states, {known['h']:.0%} of h"
+        if max(known["x"], known["h"]) < 0.6:
+            said += "; hardly better than chance: give more pictures, or kinds that differ more"
     return f"{said} ({card['seconds']:.1f} s)"

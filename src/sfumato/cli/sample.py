@@ -91,7 +91,7 @@ def sample(
         "regions": [_region(text) for text in region or ()],
         "accelerate": accelerate,
     }
-    extra = {name: given for name, given in extra.items() if given}
+    extra = {name: given for name, given in extra.items() if given not in (None, [])}
     target = out or "out.png"
     if target.endswith("/") or Path(target).is_dir():
         if sampler is not None:
@@ -193,7 +193,8 @@ def _written(picture: Any, out: Path, card: Mapping[str, Any], seconds: float) -
     save(picture, out, card)
     record = {**card, "out": str(out), "seconds": round(seconds, 2)}
     shown = f"{out}: {card['model']}, {card['solver']} on {card['grid']}, {card['steps']} steps, guidance {card['guidance']}, seed {card['seed']}"
-    return Answer(record, f"{shown} ({seconds:.1f} s)")
+    less = f", {card['accelerate']}" if "accelerate" in card else ""
+    return Answer(record, f"{shown}{less} ({seconds:.1f} s)")
 
 
 def _replayed(path: Path, out: Path | None) -> Answer:

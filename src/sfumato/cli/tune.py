@@ -68,7 +68,7 @@ def _distance(ends: Any, fine: Any) -> float:
     """Sliced Wasserstein distance of the ends of a sampler to those of the fine solution."""
     from sfumato.evaluation.metrics import sliced_wasserstein
 
-    return float(sliced_wasserstein(ends.flatten(1), fine.flatten(1), groups=min(10, len(ends) // 2)).value)
+    return float(sliced_wasserstein(ends.flatten(1), fine.flatten(1), groups=min(10, max(2, len(ends) // 2))).value)
 
 
 def _summary(card: Any, path: Path) -> Any:

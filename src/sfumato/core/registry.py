@@ -54,7 +54,9 @@ class Registry:
             if call.func.id != "_" or call.args or None in numbers:
                 raise ValueError(spec)
         except (SyntaxError, AttributeError, TypeError, ValueError):
-            raise InputError(f"{spec!r}: write a {self.kind} as name or name(number=value, ...)") from None
+            raise InputError(
+                f"{spec!r} is no {self.kind}: write name or name(number=value, other='word', ...)"
+            ) from None
         return self.get(name.strip(), **numbers)
 
     def find(self, name: str) -> Callable[..., Any]:

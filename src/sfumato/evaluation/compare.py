@@ -28,6 +28,10 @@ BUDGETS = (5, 8, 10, 15, 20)
 COLORS = (
     "#2e86ab", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#66a182", "#22303c", "#b5651d", "#7a7a7a", "#e07a5f",
 )  # fmt: skip
+COSTS = {
+    "calls": (1, "network calls an image"),
+    "seconds": (1000, "milliseconds an image"),
+}  # unit and label in a picture
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -254,9 +258,9 @@ def picture(table: Table) -> Any:
     for i, (solver, grid) in enumerate(lines):
         rows = [row for row in known if (row["solver"], row["grid"]) == (solver, grid)]
         label = f"{solver}, {grid}" if sum(name == solver for name, _ in lines) > 1 else solver
-        for ax, cost in zip(axes, ("calls", "seconds"), strict=True):
+        for ax, cost in zip(axes, COSTS, strict=True):
             _line(ax, rows, cost, by, i, label)
-    for ax, cost in zip(axes, ("calls", "seconds"), strict=True):
+    for ax, cost in zip(axes, COSTS, strict=True):
         _finished(ax, known, cost, by)
     axes[0].set_ylabel("median distance to the fine solution" if by == "error" else known[0][by]["name"])
     made.suptitle(table.title, fontsize=10)
@@ -269,7 +273,8 @@ def picture(table: Table) -> Any:
 def _line(ax: Any, rows: Sequence[Mapping[str, Any]], cost: str, by: str, i: int, label: str) -> None:
     """One sampler with its intervals: a band, or bars where they would cover each other."""
     color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-    points = sorted((row[cost], row[by]["value"], row[by]["low"], row[by]["high"]) for row in rows)
+    unit, _ = COSTS[cost]
+    points = sorted((unit * row[cost], row[by]["value"], row[by]["low"], row[by]["high"]) for row in rows)
     x, y, low, high = zip(*points, strict=True)
     ax.plot(x, y, color=color, lw=1.6, marker=marker, ms=5, label=label, zorder=3)
     if len(x) > 1 and by == "error":
@@ -282,11 +287,12 @@ def _finished(ax: Any, rows: Sequence[Mapping[str, Any]], cost: str, by: str) ->
     """The front, scales and labels of one side."""
     from matplotlib.ticker import FuncFormatter
 
-    front = sorted((row[cost], row[by]["value"]) for row in rows if row["front"] in (cost, "both"))
+    unit, label = COSTS[cost]
+    front = sorted((unit * row[cost], row[by]["value"]) for row in rows if row["front"] in (cost, "both"))
     if front:
         x, y = zip(*front, strict=True)
         ax.scatter(x, y, s=110, facecolors="none", edgecolors="#22303c", lw=1.2, zorder=5, label="front")
-    ax.set(xlabel="network calls an image" if cost == "calls" else "seconds an image")
+    ax.set(xlabel=label)
     if by == "error":
         ax.set_yscale("log")
     if max(row[cost] for row in rows) > 20 * min(row[cost] for row in rows):

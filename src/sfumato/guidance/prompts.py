@@ -26,7 +26,9 @@ def prompts(ctx: Context) -> list[dict[str, Any]]:
     """The run's own conditions and those of each prompt beside them. InputError where there is none."""
     own, others = apart(ctx.cond, "also")
     if not others:
-        raise InputError("one prompt only: put sf.guidance.also(conditions, ...) beside the conditions of the run")
+        raise InputError(
+            "one prompt only: give also=, --also, or put sf.guidance.also(conditions, ...) beside the conditions of the run"
+        )
     for key in sorted({k for other in others for k in other} - set(own)):
         raise InputError(f"a prompt beside the run's has {key!r}, which the run's own conditions do not have")
     return [own, *(own | {k: like(v, own[k]) for k, v in other.items()} for other in others)]

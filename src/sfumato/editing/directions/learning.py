@@ -13,7 +13,15 @@ from torch import Tensor
 
 from sfumato.core import Denoiser, InputError
 from sfumato.denoisers.features import bottleneck
-from sfumato.editing.boundary import Boundaries, Encoded, LinearBoundary, critical_time, cross_validated, encode
+from sfumato.editing.boundary import (
+    FEWEST,
+    Boundaries,
+    Encoded,
+    LinearBoundary,
+    critical_time,
+    cross_validated,
+    encode,
+)
 from sfumato.editing.directions.base import Direction, collect, collect_noised
 from sfumato.editing.directions.statistics import mean_difference, principal
 from sfumato.files import write_atomically
@@ -74,6 +82,10 @@ def learn(
         raise InputError(f"method = {method!r}: directions are learned for {' and '.join(METHODS)}")
     if after is not None and before is None:
         raise InputError("pictures to lead to, and none to lead from: give both")
+    if component and (after is not None or method != "h-space"):
+        raise InputError(
+            f"component = {component} is a principal component of one kind of pictures, for h-space: leave it out"
+        )
     denoiser, parts = pipeline.denoiser.eval(), [p for p in (before, after) if p is not None]
     path = bottleneck(denoiser) if path is None else path
     device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
@@ -86,6 +98,13 @@ def learn(
     if method == "boundary-diffusion":
         if data is None or labels is None:
             raise InputError("a boundary lies between two kinds of pictures: give both")
+        if min(map(len, parts)) < FEWEST:
+            given = " and ".join(str(len(part)) for part in parts)
+            raise InputError(f"{given} pictures: a boundary is learned from at least {FEWEST} of each kind")
+        if time is None and steps % LEVELS:
+            raise InputError(
+                f"steps = {steps}: the critical time is sought at {LEVELS} levels: give a multiple, or time="
+            )
         return _boundaries(denoiser, data, labels, time, steps, seed, options, card)
     if time is not None:
         raise InputError("h-space directions are of all times: leave out time=")
