@@ -44,15 +44,14 @@ def demo(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> Answer:
     """Draw out/demo.png: words to pictures with each bundled model, a run from noise to picture, and fewer steps."""
-    from sfumato.core.errors import InputError
-
-    if out.is_file():
-        raise InputError(f"{out} is a file: --out is the folder that demo.png is written to")
     import time
 
     from sfumato.cli._pictures import save
+    from sfumato.core.errors import InputError
     from sfumato.zoo.captions import DEMO_PROMPTS
 
+    if out.is_file():
+        raise InputError(f"{out} is a file: --out is the folder that demo.png is written to")
     began = time.perf_counter()
     names, words = tuple(models or MODELS), tuple(prompts or DEMO_PROMPTS[:WORDS])
     rows = drawn(names, words, seed)
