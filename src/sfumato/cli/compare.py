@@ -24,7 +24,11 @@ def compare(
         typer.Option("--grid", help="Where the steps lie; may be repeated. Default: each solver's own."),
     ] = None,
     nfe: Annotated[
-        list[int] | None, typer.Option("--nfe", help="Network calls; may be repeated. Default: 5 8 10 15 20.")
+        list[int] | None,
+        typer.Option(
+            "--nfe",
+            help="Calls of the model; guidance makes each two in the table. May be repeated. Default: 5 8 10 15 20.",
+        ),
     ] = None,
     sampler: Annotated[
         list[Path] | None, typer.Option("--sampler", help="A card that `sfumato tune` wrote; may be repeated.")
