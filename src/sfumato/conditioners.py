@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ class Conditioner:
     def vocabulary(self) -> list[str]:
         """Prompts that it knows by name; none where it reads any words, or none at all."""
         return []
+
+    def in_turn(self, n: int, seed: int, prompts: Sequence[str] | None = None) -> list[str] | None:
+        """n of the prompts, or of all it knows, in turn and in an order drawn by the seed; None where there are none."""
+        heard = list(self.vocabulary if prompts is None else prompts)
+        random.Random(seed).shuffle(heard)
+        return [heard[i % len(heard)] for i in range(n)] if heard else None
 
 
 def choices(name: str, given: Any, n: int, options: Sequence[str]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from sfumato import acceleration, codecs, conditioners, grids, networks, processes, solvers
 from sfumato import guidance as guidances
-from sfumato.acceleration.integers import Int8
-from sfumato.acceleration.quantization import Quantized
 from sfumato.core import Context, Grid, Guidance, InputError, Solver, Step, Streams, trajectory
 from sfumato.denoisers import Parametrized, parametrized
 from sfumato.files import bundled_models, write_atomically
@@ -84,9 +81,7 @@ class Pipeline:
 
     def calibration(self, n: int = 64, steps: int = 20, seed: int = 1) -> acceleration.Calibration:
         """What the network meets in n of the pipeline's own runs, of what it knows by name: see ``acceleration.denoised``."""
-        known = list(self.conditioner.vocabulary)
-        random.Random(seed).shuffle(known)
-        cond = self.conditions(n, [known[i % len(known)] for i in range(n)] if known else None)
+        cond = self.conditions(n, self.conditioner.in_turn(n, seed))
         return acceleration.denoised(
             self.guided(),
             n,
@@ -253,16 +248,19 @@ class Pipeline:
             raise InputError(
                 f"a {type(self.denoiser).__name__} around the network is not kept: save the pipeline without it"
             )
-        if any(isinstance(m, (Quantized, Int8)) for m in self.denoiser.modules()):
+        net: Any = self.denoiser.net
+        with torch.device("meta"):
+            named = networks.build(net.network_name, net.config)
+        if {k: v.shape for k, v in named.state_dict().items()} != {k: v.shape for k, v in net.state_dict().items()}:
             raise InputError(
-                "a quantised network is not kept: save the pipeline without it, and quantise what is loaded"
+                f"the network is no longer the {net.network_name} of its configuration (quantised or pruned), and is not kept: save "
+                "the pipeline without that"
             )
         for name in ("solver", "grid", "guidance"):
             if not isinstance(getattr(self, name), (str, int, float)):
                 raise InputError(
                     f"to save a pipeline give its {name} as a spec, not as a {type(getattr(self, name)).__name__}"
                 )
-        net = self.denoiser.net
         return {
             "format": FORMAT,
             "network": {"name": net.network_name, "config": net.config},

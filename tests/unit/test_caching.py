@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from two_threads import apart
 
 import sfumato as sf
 from sfumato import networks, processes
@@ -82,14 +81,7 @@ def test_an_item_never_depends_on_its_batch(wrap):
 
 def test_runs_in_two_threads_never_meet():
     d = deepcache(3)(denoiser())
-    alone = [run(d, seed=s) for s in (1, 2)]
-    found: dict[int, torch.Tensor] = {}
-    threads = [threading.Thread(target=lambda s=s: found.update({s: run(d, seed=s)})) for s in (1, 2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert all(torch.equal(found[s], alone[s - 1]) for s in (1, 2))
+    apart(lambda seed: run(d, seed=seed))
 
 
 def test_guidance_that_stops_half_way_keeps_its_own_features():

@@ -206,9 +206,19 @@ def test_an_acceleration_goes_inside_guidance_and_beside_a_sampler_card() -> Non
     with pytest.raises(InputError, match="not kept"):
         pipe.accelerated("deepcache").save("nowhere")
     for spec in ("int8(items=2, steps=2)", "quantized(items=2, steps=2)"):
-        with pytest.raises(InputError, match="a quantised network is not kept"):
+        with pytest.raises(InputError, match="quantised or pruned"):
             pipe.accelerated(spec).save("nowhere")
     with pytest.raises(InputError, match="not 3"):
         pipe.generate(1, accelerate=3)  # type: ignore[arg-type]
     with pytest.raises(sf.core.SfumatoError, match="deepcache"):
         pipe.generate(1, accelerate="magic")
+
+
+def test_a_network_that_its_configuration_no_longer_describes_is_not_saved(tmp_path) -> None:
+    pipe = sf.load("digits")
+    pipe.save(tmp_path / "whole")
+    layer = next(m for m in pipe.denoiser.net.modules() if isinstance(m, torch.nn.Linear))
+    layer.weight = torch.nn.Parameter(layer.weight[:-1])
+    with pytest.raises(InputError, match="no longer"):
+        pipe.save(tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()

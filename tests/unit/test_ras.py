@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from two_threads import apart
 
 import sfumato as sf
 from sfumato import networks, processes
@@ -136,14 +135,7 @@ def test_work_falls_as_declared():
 
 def test_runs_in_two_threads_never_meet():
     d = region_adaptive(0.3, 1)(cfg(2.0)(denoiser()))
-    alone = [run(d, seed=s) for s in (1, 2)]
-    found: dict[int, torch.Tensor] = {}
-    threads = [threading.Thread(target=lambda s=s: found.update({s: run(d, seed=s)})) for s in (1, 2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert all(torch.equal(found[s], alone[s - 1]) for s in (1, 2))
+    apart(lambda seed: run(d, seed=seed))
 
 
 def test_a_look_ahead_leaves_no_trace():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from two_threads import apart
 
 import sfumato as sf
 from sfumato import networks, processes
@@ -128,14 +127,7 @@ def test_destinations_are_drawn_from_the_item_the_step_and_the_block_and_from_no
 
 def test_runs_in_two_threads_never_meet():
     d = cfg(2.0)(token_merging(0.5)(denoiser()))
-    alone = [run(d, seed=s) for s in (1, 2)]
-    found: dict[int, torch.Tensor] = {}
-    threads = [threading.Thread(target=lambda s=s: found.update({s: run(d, seed=s)})) for s in (1, 2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert all(torch.equal(found[s], alone[s - 1]) for s in (1, 2))
+    apart(lambda seed: run(d, seed=seed))
 
 
 def test_gradients_pass():

@@ -23,7 +23,6 @@ from sfumato.denoisers import Parametrized
 from sfumato.denoisers.features import network
 from sfumato.files import write_atomically
 
-PRODUCTS = ("query", "key", "probability", "value")
 SAMPLE = 1 << 13  # values of a layer's input kept from a batch
 
 

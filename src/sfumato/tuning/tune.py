@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -363,8 +362,4 @@ def _conditions(
     if isinstance(pipeline, Denoiser):
         turn = {k: [i % len(v) for i in range(n)] for k, v in (cond or {}).items() if isinstance(v, Tensor)}
         return {k: v[turn[k]] if k in turn else v for k, v in (cond or {}).items()}
-    heard = list(prompts) if prompts is not None else pipeline.conditioner.vocabulary
-    if heard:
-        random.Random(seed).shuffle(heard)
-        heard = [heard[i % len(heard)] for i in range(n)]
-    return pipeline.conditions(n, heard or None, **(cond or {}))  # type: ignore[no-any-return]
+    return pipeline.conditions(n, pipeline.conditioner.in_turn(n, seed, prompts), **(cond or {}))  # type: ignore[no-any-return]
