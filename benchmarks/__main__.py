@@ -12,7 +12,7 @@ def main() -> None:
     figures = {
         "import": import_time.measure(),
         "step": step_cost.measure(),
-        "training": training_speed.measure(),
+        "training": [training_speed.measure(training_speed.Work(*item)) for item in training_speed.NETWORKS.items()],
         "solvers": solvers.measure(quick=True)["summary"],
     }
     print(json.dumps(figures, indent=1))

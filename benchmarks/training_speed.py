@@ -1,11 +1,15 @@
 """Images a second and memory of Trainer against a plain diffusers training loop: same network, data and arithmetic.
 
-The peer is the loop of the diffusers example for unconditional images (accelerate, DataLoader, add_noise, mse, clipping,
-AdamW, learning-rate schedule, EMAModel, the loss read every step). Both train an epsilon network on the linear schedule of
-1000 steps. Each loop runs in a process of its own; rounds are interleaved, one process at a time, and the figure is the
-median over rounds of CPU time, which other programs hardly change. Peak memory is that of the process.
+The peer is the loop of the diffusers examples (accelerate, DataLoader, mse, clipping, AdamW, learning-rate schedule,
+EMAModel, the loss read every step). ``diffusers`` and ``sfumato`` are unconditional U-Nets on pixels, both loops training an
+epsilon network on the linear schedule of 1000 steps. ``text-to-image`` is the transformer of ``emoji-latent`` on 64-pixel
+drawings with their captions by flow matching: the peer decodes and encodes the pictures and the captions of each batch, as the
+example of diffusers for text-to-image does; ours reads codes and caption features that were encoded once, as ``emoji-latent`` was
+trained, and what that costs is printed beside. Each loop runs in a process of its own; rounds are interleaved, one process
+at a time, and the figure is the median over rounds of CPU time, which other programs hardly change. Peak memory is that of
+the process.
 
-    python benchmarks/training_speed.py [--network diffusers|sfumato] [--batch 16] [--size 32] [--rounds 7] [--steps 4]
+    python benchmarks/training_speed.py [--network diffusers|sfumato|text-to-image] [--batch 16] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -13,23 +17,32 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+import sfumato as sf
 from sfumato.denoisers import parametrized
-from sfumato.networks import UNet
+from sfumato.networks import SentenceEncoder, UNet
 from sfumato.objectives import Denoising
 from sfumato.processes import DDPM
 from sfumato.training import Trainer
-from sfumato.training.data import Arrays, Batches
+from sfumato.training.data import Arrays, Batches, Shards, write_shards
 from sfumato.training.host import keep_freed_memory
+from sfumato.zoo import captions, emoji, make_emoji
+
+NETWORKS = {"diffusers": 16, "sfumato": 16, "text-to-image": 64}  # name -> items a batch
 
 
 class Diffusers(nn.Module):
@@ -49,39 +62,60 @@ class Diffusers(nn.Module):
         return self.net(x, label).sample  # type: ignore[no-any-return]
 
 
-def network(name: str, size: int) -> nn.Module:
+@dataclass(frozen=True)
+class Work:
+    """What a loop is to train: a network, on batches of pictures of a size; ``shards`` is where codes and features are."""
+
+    network: str
+    batch: int
+    size: int = 32
+    shards: str = ""
+
+
+def network(work: Work) -> nn.Module:
+    """The network of an unconditional training, the same for every loop."""
     torch.manual_seed(0)
-    if name == "diffusers":
-        return Diffusers(size)
+    if work.network == "diffusers":
+        return Diffusers(work.size)
     return UNet(3, width=32, multipliers=(1, 2, 4), attention=(False, False, True), scale=1.0)
 
 
 def pictures(size: int, n: int = 512) -> Tensor:
+    """Noise as uint8 (n, 3, size, size): what is in them does not matter to the time."""
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def peer(name: str, batch: int, size: int) -> Iterator[None]:
-    """The diffusers loop as a generator: one step a ``next``."""
-    from accelerate import Accelerator
+def peer(work: Work) -> Iterator[None]:
+    """The diffusers loop of the unconditional example as a generator: one step a ``next``."""
     from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(1000)
+
+    def loss_of(model: nn.Module, clean: Tensor) -> Tensor:
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (len(clean),)).long()
+        return F.mse_loss(model(scheduler.add_noise(clean, noise, t), t).float(), noise.float())
+
+    data = torch.utils.data.TensorDataset(pictures(work.size).float() / 127.5 - 1)
+    return peer_loop(network(work), data, work.batch, lambda model, items: loss_of(model, *items))
+
+
+def peer_loop(model: Any, data: Any, batch: int, loss_of: Callable[[nn.Module, Any], Tensor]) -> Iterator[None]:
+    """What all training examples of diffusers share, around the loss of one batch."""
+    from accelerate import Accelerator
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    accelerator, scheduler = Accelerator(cpu=True), DDPMScheduler(1000)
-    model: Any = network(name, size)
+    accelerator = Accelerator(cpu=True)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     schedule: Any = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    data = torch.utils.data.TensorDataset(pictures(size).float() / 127.5 - 1)
     loader: Any = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=True, drop_last=True)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     model.train()
     while True:
-        for (clean,) in loader:
-            noise = torch.randn_like(clean)
-            t = torch.randint(0, 1000, (len(clean),)).long()
-            noisy = scheduler.add_noise(clean, noise, t)
-            loss = F.mse_loss(model(noisy, t).float(), noise.float())
+        for items in loader:
+            loss = loss_of(model, items)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -92,13 +126,18 @@ def peer(name: str, batch: int, size: int) -> Iterator[None]:
             yield
 
 
-def ours(name: str, batch: int, size: int, channels_last: bool) -> Iterator[None]:
-    """Trainer as a generator: one step a ``next``."""
+def ours(work: Work, channels_last: bool = False) -> Iterator[None]:
+    """Trainer on pixels."""
+    denoiser = parametrized(network(work), DDPM("linear"), "eps", clock=lambda t: 1000 * t - 1)
+    return our_loop(Denoising(denoiser), Batches(Arrays({"x": pictures(work.size)}), work.batch), channels_last)
+
+
+def our_loop(objective: Denoising, batches: Any, channels_last: bool = False) -> Iterator[None]:
+    """Trainer with the numbers of the peer as a generator: one step a ``next``."""
     keep_freed_memory()  # as Trainer.fit does
-    denoiser = parametrized(network(name, size), DDPM("linear"), "eps", clock=lambda t: 1000 * t - 1)
     trainer = Trainer(
-        Denoising(denoiser), Batches(Arrays({"x": pictures(size)}), batch), steps=10_000, lr=1e-4, betas=(0.95, 0.999),
-        weight_decay=1e-6, warmup=500, decay="cosine", clip=1.0, ema=0.9999, channels_last=channels_last, cpu=True,
+        objective, batches, steps=10_000, lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, warmup=500, decay="cosine",
+        clip=1.0, ema=0.9999, channels_last=channels_last, cpu=True,
     )  # fmt: skip
     trainer.objective.train()
     while True:
@@ -106,17 +145,88 @@ def ours(name: str, batch: int, size: int, channels_last: bool) -> Iterator[None
         yield
 
 
-LOOPS = {
+def drawings(n: int = 512) -> tuple[Tensor, list[str]]:
+    """Emoji of 64 pixels (n, 3, 64, 64), uint8, and their captions."""
+    items = emoji.load(64, split="train")
+    return items.images[:n], items.captions[:n]
+
+
+class Files(torch.utils.data.Dataset[tuple[Tensor, str, int]]):
+    """:func:`drawings` as PNG files, which are decoded whenever they are read: picture in [-1, 1], caption, vendor."""
+
+    def __init__(self) -> None:
+        images, self.captions = drawings()
+        self.files = [BytesIO() for _ in images]
+        for file, image in zip(self.files, images, strict=True):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str, int]:
+        pixels = torch.from_numpy(np.array(Image.open(self.files[i]).convert("RGB")))
+        return pixels.permute(2, 0, 1) / 127.5 - 1, self.captions[i], 0
+
+
+def text_peer(work: Work) -> Iterator[None]:
+    """The diffusers loop of the text-to-image example: files are decoded and both encoders run for every batch."""
+    codec, text = load_codec(), SentenceEncoder()
+
+    def loss_of(model: nn.Module, items: Any) -> Tensor:
+        with torch.no_grad():
+            clean = codec.encode(items[0])
+            cond = captions.conditions(*text.encode(items[1], captions.TOKENS))
+        noise, t = torch.randn_like(clean), torch.rand(len(clean))
+        noisy = torch.lerp(clean, noise, t[:, None, None, None])
+        return F.mse_loss(model(noisy, t, **cond, vendor=items[2]).float(), noise - clean)
+
+    return peer_loop(make_emoji.latent_denoiser().net, Files(), work.batch, loss_of)
+
+
+def text_ours(work: Work) -> Iterator[None]:
+    """Trainer on the shards that :func:`encode` wrote."""
+    fields = ("text", "text_mask", "vector", "vendor")
+    return our_loop(Denoising(make_emoji.latent_denoiser()), Batches(Shards(work.shards), work.batch, cond=fields))
+
+
+def encode(folder: str) -> float:
+    """Write codes and caption features of :func:`drawings` as shards; CPU seconds a picture, spent once."""
+    codec, text = load_codec(), SentenceEncoder()
+    images, prompts = drawings()
+
+    def transform(items: Any) -> dict[str, Tensor]:
+        mean, std = make_emoji.encoded(codec, items["x"])
+        cond = captions.conditions(*text.encode(items["prompt"], captions.TOKENS))
+        return {"x": mean, "std": std, **cond, "vendor": torch.zeros(len(mean), dtype=torch.long)}
+
+    text.encode(["warm up"], captions.TOKENS)
+    began = time.process_time()
+    write_shards(Arrays({"x": images, "prompt": prompts}), folder, transform=transform)
+    return (time.process_time() - began) / len(images)
+
+
+def load_codec() -> Any:
+    """The autoencoder of ``emoji-latent``."""
+    return sf.load("emoji-latent").codec
+
+
+LOOPS: dict[str, Callable[[Work], Iterator[None]]] = {
     "diffusers": peer,
-    "sfumato": lambda *a: ours(*a, False),
-    "sfumato, channels_last": lambda *a: ours(*a, True),
+    "sfumato": ours,
+    "sfumato, channels_last": lambda work: ours(work, True),
 }
+TEXT_LOOPS: dict[str, Callable[[Work], Iterator[None]]] = {"diffusers": text_peer, "sfumato": text_ours}
 
 
-def work(pipe: Connection, loop: str, name: str, batch: int, size: int, threads: int) -> None:
+def loops(work: Work) -> dict[str, Callable[[Work], Iterator[None]]]:
+    """The loops that can train this network, the peer's first."""
+    return TEXT_LOOPS if work.network == "text-to-image" else LOOPS
+
+
+def serve(pipe: Connection, loop: str, work: Work, threads: int) -> None:
     """Answers a number of steps with the CPU seconds they took, and 0 with the peak megabytes of this process."""
     torch.set_num_threads(threads)
-    steps = LOOPS[loop](name, batch, size)
+    steps = loops(work)[loop](work)
     while (n := pipe.recv()) > 0:
         began = time.process_time()
         for _ in range(n):
@@ -125,15 +235,24 @@ def work(pipe: Connection, loop: str, name: str, batch: int, size: int, threads:
     pipe.send(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
 
 
-def measure(
-    name: str = "diffusers", batch: int = 16, size: int = 32, rounds: int = 7, steps: int = 4, threads: int = 1
-) -> dict[str, Any]:
+def measure(work: Work, rounds: int = 7, steps: int = 4, threads: int = 1) -> dict[str, Any]:
     """Images a CPU second and peak memory of each loop on one network, and the ratios to the diffusers loop."""
+    if work.network != "text-to-image":
+        return _measured(work, rounds, steps, threads)
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        once = encode(folder)
+        figures = _measured(replace(work, size=64, shards=folder), rounds, steps, threads)
+    return figures | {"encoding, CPU seconds a picture, once": round(once, 4)}
+
+
+def _measured(work: Work, rounds: int, steps: int, threads: int) -> dict[str, Any]:
+    """The figures of all loops, in interleaved rounds."""
     spawn = torch.multiprocessing.get_context("spawn")
-    pipes, spent = {}, {loop: [] for loop in LOOPS}
-    for loop in LOOPS:
+    pipes, spent = {}, {loop: [] for loop in loops(work)}
+    for loop in spent:
         pipes[loop], end = spawn.Pipe()
-        spawn.Process(target=work, args=(end, loop, name, batch, size, threads), daemon=True).start()
+        spawn.Process(target=serve, args=(end, loop, work, threads), daemon=True).start()
     for round_ in range(rounds + 1):
         for loop, pipe in pipes.items():
             pipe.send(steps)
@@ -144,11 +263,11 @@ def measure(
     for loop, pipe in pipes.items():
         pipe.send(0)
         peaks[loop] = round(pipe.recv())
-    ours = [loop for loop in LOOPS if loop != "diffusers"]
+    ours = [loop for loop in spent if loop != "diffusers"]
     ratios = {loop: [a / b for a, b in zip(spent["diffusers"], spent[loop], strict=True)] for loop in ours}
     return {
-        "network": name, "batch": batch, "size": size, "threads": threads,
-        "images a CPU second": {k: round(batch / statistics.median(v), 2) for k, v in spent.items()},
+        "network": work.network, "batch": work.batch, "size": work.size, "threads": threads,
+        "images a CPU second": {k: round(work.batch / statistics.median(v), 2) for k, v in spent.items()},
         "over diffusers": {k: round(statistics.median(v), 3) for k, v in ratios.items()},
         "range": {k: [round(min(v), 3), round(max(v), 3)] for k, v in ratios.items()},
         "peak megabytes": peaks,
@@ -157,11 +276,13 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=("diffusers", "sfumato"), default="diffusers")
-    for name, value in (("batch", 16), ("size", 32), ("rounds", 7), ("steps", 4), ("threads", 1)):
+    parser.add_argument("--network", choices=NETWORKS, default="diffusers")
+    parser.add_argument("--batch", type=int, help="items a batch (default: 64 for text-to-image, else 16)")
+    for name, value in (("size", 32), ("rounds", 7), ("steps", 4), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    figures = measure(args.network, args.batch, args.size, args.rounds, args.steps, args.threads)
+    work = Work(args.network, args.batch or NETWORKS[args.network], args.size)
+    figures = measure(work, args.rounds, args.steps, args.threads)
     print(json.dumps(figures, indent=1))
 
 
