@@ -130,7 +130,7 @@ EXACT: dict[str, Callable[[], Any]] = {
     "Gaussian, N(0, 0.49 I)": lambda: Gaussian(torch.zeros(32), 0.49),
     "digits, kernel 0.05": lambda: Empirical(_digits()[0][:1200], 0.05),
 }
-TRAINED = {"digits": (64, 128), "emoji-latent": (24, 64)}  # items, steps of Runge-Kutta
+TRAINED = {"digits": (64, 128), "emoji-latent": (64, 64)}  # items, steps of Runge-Kutta
 
 
 def exact(name: str, n: int = 64, steps: int = 200) -> Case:

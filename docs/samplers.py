@@ -108,11 +108,12 @@ def tuned(d: Row) -> str:
         for r in d["tuned"]
     ]  # fmt: skip
     head = ["model", "calls", "chosen", "its error", "best peer's", "which", "ratio", "by rms"]
-    mean = statistics.geometric_mean(r["ratio"] for r in d["tuned"])
-    halves = sum(r["ratio"] <= d["budget"]["tuned, trained"] for r in d["tuned"])
-    return (
-        table(head, lines)
-        + f"\n\nIt at least halves the best peer's error in {halves} of {len(d['tuned'])}; geometric mean {mean:.2f}."
+    means = {kind: found["geometric mean"] for kind, found in d["tuned summary"].items()}
+    trained = [r for r in d["tuned"] if r["kind"] == "trained"]
+    halves = sum(r["ratio"] <= d["budget"]["tuned, trained"] for r in trained)
+    return table(head, lines) + (
+        f"\n\nGeometric mean of the ratios {means['all']:.3f} (budget {d['budget']['tuned']:g}): {means['exact']:.3f} on the exact cases and "
+        f"{means['trained']:.2f} on the bundled models, where it at least halves the best peer's error in {halves} of {len(trained)}."
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import settings as options
 from hypothesis import strategies as st
 
 from sfumato import grids, networks, oracles, processes, solvers
-from sfumato.core import Context, InputError, sample, trajectory
+from sfumato.core import Context, InputError, Streams, mix, sample, trajectory
 from sfumato.denoisers import parametrized
 from sfumato.solvers.exponential import Multistep
 from sfumato.solvers.scheduled import Move, Scheduled, Subspace
@@ -179,6 +179,16 @@ def test_searched_samplers_improve_on_unseen_noise(law):
     assert score(unseen, schedule) < 0.9 * untuned
     assert score(unseen, fit) < 0.9 * untuned
     assert fit.solver.nfe * (len(fit.times) - 1) == 6
+
+
+def test_an_evolved_fit_throws_no_unseen_item_away():
+    """Opposite coefficients of collinear readings fit the items seen, and ended 50 away from the data on an unseen one."""
+    peaks = Streams.of(mix(20260, 10), 16).normal(torch.empty(16, 32, dtype=torch.float64))
+    denoiser = oracles.GaussianMixture(peaks, 0.3).denoiser(processes.DDPM())
+    fitting, unseen = aim(denoiser, (24, 32), seed=11), aim(denoiser, (512, 32), seed=12)
+    fit = subspace.evolved(fitting, 5, budget=10, rehearsals=200, seed=1)
+    known = unseen.errors(solvers.get("arc"), grids.get("arc")(unseen.process, 5, 1.0, 0.0).tolist())
+    assert unseen.errors(fit.solver, fit.times).max() <= known.max()
 
 
 def test_searches_are_deterministic_and_never_repeat_an_evaluation():

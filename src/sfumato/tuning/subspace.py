@@ -17,7 +17,7 @@ from sfumato.solvers.scheduled import Subspace
 from sfumato.tuning.steps import Choice, StepSpace, evolve
 from sfumato.tuning.target import Replay, Target
 
-RIDGE = 1e-8  # of evolved fits: collinear readings of smooth beliefs would get huge opposite coefficients
+RIDGE = 1e-4  # of evolved fits: with less, opposite coefficients of collinear readings throw rare unseen items far away
 ROWS = {"noise": "eps", "data": "x0", "v": "v", "flow": "flow"}
 
 

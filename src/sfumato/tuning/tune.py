@@ -26,6 +26,9 @@ EXTRA = (
     "dpm-solver++(order=3, variable='angle', corrector=True)", "dpm-solver++(order=3, form='v', variable='angle')",
     "dpm-solver++(order=2, form='noise')", "dpm-solver++(order=3, form='noise')",
 )  # fmt: skip
+TRUSTED = (
+    5.0  # fitted terms larger than this times their sum cancel on what was seen only, and such a fit is not offered
+)
 Told = Callable[[Mapping[str, Any]], None]
 
 
@@ -92,25 +95,46 @@ def tune(
         raise InputError(f"nfe = {nfe}: a whole number of calls, at least 1 and fewer than the fine solution's {fine}")
     if items < 2 or unseen < 2:
         raise InputError(f"items = {items} and unseen = {unseen}: at least two each")
-    began, denoiser, seeds = time.perf_counter(), _guided(pipeline, guidance), {}
-    if isinstance(pipeline, Denoiser):
-        if shape is None:
-            raise InputError("to tune a Denoiser give the shape of one item, shape=(channels, height, width)")
-    else:
-        shape = pipeline.codec.shape(*pipeline.size)
+    began, denoiser, event = time.perf_counter(), _guided(pipeline, guidance), _event(pipeline, shape)
+    seeds = {role: mix(seed, part) for part, role in enumerate(("fitting", "choosing", "reporting"), 1)}
 
-    def target(part: int, role: str, n: int) -> Target:
-        seeds[role] = mix(seed, part)
-        given = _conditions(pipeline, n, prompts, cond, mix(seed, part))
-        return aim(denoiser, (n, *shape), seed=seeds[role], cond=given, steps=fine)
+    def target(role: str, n: int) -> Target:
+        given = _conditions(pipeline, n, prompts, cond, seeds[role])
+        return aim(denoiser, (n, *event), seed=seeds[role], cond=given, steps=fine)
 
     watch = _Watch(told)
     watch("the fine solution", 0, 2)
-    fitting, choosing = target(1, "fitting", items), target(2, "choosing", items)
-    own = _own(pipeline, fitting, nfe)
+    fitting, choosing = target("fitting", items), target("choosing", items)
+    found = _candidates(
+        method, fitting, choosing, _own(pipeline, fitting, nfe), nfe, budget, rehearsals, seed, by, watch
+    )
+    best = min(
+        (e for key, e in found.items() if method in ("auto", key) or key == "default"), key=watch.scores.__getitem__
+    )
+    watch("figures on unseen noise", 0, 1)
+    reporting = target("reporting", unseen)
+    rows = [_row(key, e, e is best, reporting, by) for key, e in found.items()]
+    watch.final(rows)
+    return _card(pipeline, best, rows, guidance, seeds, model=model, seconds=round(time.perf_counter() - began, 2))
+
+
+def _event(pipeline: Any, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of one item's state."""
+    if not isinstance(pipeline, Denoiser):
+        return tuple(pipeline.codec.shape(*pipeline.size))
+    if shape is None:
+        raise InputError("to tune a Denoiser give the shape of one item, shape=(channels, height, width)")
+    return tuple(shape)
+
+
+def _candidates(
+    method: str, fitting: Target, choosing: Target, own: Entry | None, nfe: int, budget: int, rehearsals: int, seed: int,
+    by: Callable[[Tensor, Tensor], float] | None, watch: _Watch,
+) -> dict[str, Entry]:  # fmt: skip
+    """The best entry of each method on the choosing noise, and the pipeline's own as 'default'."""
     found = {"default": own} if own is not None else {}
-    chosen = METHODS[1:] if method == "auto" else ("untuned", method) if method != "untuned" else (method,)
-    for name in chosen:
+    wanted = METHODS[1:] if method == "auto" else ("untuned", method) if method != "untuned" else (method,)
+    for name in wanted:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of collinear readings: the choice on other noise tells
             for entry in FINDERS[name](fitting, nfe, own, budget, rehearsals, seed, watch):
@@ -118,24 +142,27 @@ def tune(
                 watch.row(entry, figures)
                 if name not in found or figures["score"] < watch.scores[found[name]]:
                     found[name] = entry
-    eligible = [e for key, e in found.items() if method == "auto" or key in (method, "default")]
-    for entry in found.values():
-        if entry not in watch.scores:
-            watch.row(entry, _figures(choosing, entry, by))
-    best = min(eligible, key=lambda e: watch.scores[e])
-    watch("figures on unseen noise", 0, 1)
-    reporting = target(3, "reporting", unseen)
-    rows = [
-        {
-            "method": key,
-            "sampler": e.name,
-            "nfe": _calls(reporting, e),
-            "chosen": e is best,
-            **_figures(reporting, e, by),
-        }
-        for key, e in found.items()
-    ]
-    watch.final(rows)
+    if own is not None:
+        watch.row(own, _figures(choosing, own, by))
+    return found
+
+
+def _row(key: str, entry: Entry, chosen: bool, reporting: Target, by: Any) -> dict[str, Any]:
+    """What the card says of an entry, on the reporting noise."""
+    facts = {"method": key, "sampler": entry.name, "nfe": _calls(reporting, entry), "chosen": chosen}
+    return facts | _figures(reporting, entry, by)
+
+
+def _card(
+    pipeline: Any,
+    best: Entry,
+    rows: list[dict[str, Any]],
+    guidance: Any,
+    seeds: dict[str, int],
+    model: str,
+    seconds: float,
+) -> SamplerCard:
+    """The chosen entry as a card."""
     after = next(r for r in rows if r["chosen"])
     before = next((r for r in rows if r["method"] == "default"), next(r for r in rows if r["method"] == "untuned"))
     bare = pipeline if isinstance(pipeline, Denoiser) else pipeline.denoiser
@@ -144,9 +171,9 @@ def tune(
     return SamplerCard(
         made_by=after["method"], description=description, steps=len(best.times) - 1, nfe=after["nfe"],
         times=None if best.grid_spec else best.times, grid_spec=best.grid_spec, skips=best.skips, tensors=tensors,
-        model=model, fingerprint=fingerprint(bare), process=repr(denoiser.process),
+        model=model, fingerprint=fingerprint(bare), process=repr(bare.process),
         guidance=float(scale) if isinstance(scale, (int, float)) else scale if isinstance(scale, str) else None, seeds=seeds,
-        seconds=round(time.perf_counter() - began, 2), before=before, after=after, rows=rows,
+        seconds=seconds, before=before, after=after, rows=rows,
     )  # fmt: skip
 
 
@@ -259,6 +286,8 @@ def _olss(
             made = subspace.fit(target, nfe, form=form)
         except InputError:
             continue  # this model does not say this reading at the first time
+        if made.largest > TRUSTED:
+            continue
         yield Entry("olss", f"linear subspace, {form!r} readings", made.solver, made.times)
 
 
@@ -275,6 +304,8 @@ def _subspace(
             seed=seed,
             told=watch.stage("subspace"),
         )
+        if found.largest > TRUSTED:
+            continue
         yield Entry(
             "subspace", "linear subspace on evolved times" + ", first step free" * free, found.solver, found.times
         )
