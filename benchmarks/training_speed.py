@@ -6,10 +6,11 @@ epsilon network on the linear schedule of 1000 steps. ``text-to-image`` is the t
 drawings with their captions by flow matching: the peer decodes and encodes the pictures and the captions of each batch, as the
 example of diffusers for text-to-image does; ours reads codes and caption features that were encoded once, as ``emoji-latent`` was
 trained, and what that costs is printed beside. Each loop runs in a process of its own; rounds are interleaved, one process
-at a time, and the figure is the median over rounds of CPU time, which other programs hardly change. Peak memory is that of
-the process.
+at a time, and the figure is the median over rounds of CPU time, which other programs hardly change (with --threads 2, of
+the clock: run it alone). Peak memory is that of the process.
 
     python benchmarks/training_speed.py [--network diffusers|sfumato|text-to-image] [--batch 16] [--rounds 7]
+        [--threads 1]
 """
 
 from __future__ import annotations
@@ -224,19 +225,23 @@ def loops(work: Work) -> dict[str, Callable[[Work], Iterator[None]]]:
 
 
 def serve(pipe: Connection, loop: str, work: Work, threads: int) -> None:
-    """Answers a number of steps with the CPU seconds they took, and 0 with the peak megabytes of this process."""
+    """Answers a number of steps with the seconds they took, and 0 with the peak megabytes of this process.
+
+    CPU seconds for one thread; seconds of the clock for several, of which some only wait.
+    """
     torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
     steps = loops(work)[loop](work)
     while (n := pipe.recv()) > 0:
-        began = time.process_time()
+        began = clock()
         for _ in range(n):
             next(steps)
-        pipe.send(time.process_time() - began)
+        pipe.send(clock() - began)
     pipe.send(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def measure(work: Work, rounds: int = 7, steps: int = 4, threads: int = 1) -> dict[str, Any]:
-    """Images a CPU second and peak memory of each loop on one network, and the ratios to the diffusers loop."""
+    """Images a second and peak memory of each loop on one network, and the ratios to the diffusers loop."""
     if work.network != "text-to-image":
         return _measured(work, rounds, steps, threads)
     torch.set_num_threads(threads)
@@ -267,7 +272,7 @@ def _measured(work: Work, rounds: int, steps: int, threads: int) -> dict[str, An
     ratios = {loop: [a / b for a, b in zip(spent["diffusers"], spent[loop], strict=True)] for loop in ours}
     return {
         "network": work.network, "batch": work.batch, "size": work.size, "threads": threads,
-        "images a CPU second": {k: round(work.batch / statistics.median(v), 2) for k, v in spent.items()},
+        "images a second": {k: round(work.batch / statistics.median(v), 2) for k, v in spent.items()},
         "over diffusers": {k: round(statistics.median(v), 3) for k, v in ratios.items()},
         "range": {k: [round(min(v), 3), round(max(v), 3)] for k, v in ratios.items()},
         "peak megabytes": peaks,
