@@ -122,7 +122,7 @@ def start(tmp_path):
     started: list[subprocess.Popen] = []
 
     def call(*args: object) -> subprocess.Popen:
-        command = [sys.executable, "-m", "sfumato.cli", *map(str, args)]
+        command = [sys.executable, "-m", "sfumato", *map(str, args)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=tmp_path, env=environment(), **streams))
         return started[-1]

@@ -72,7 +72,7 @@ def test_a_defect_is_status_3_and_debugging_shows_where(run, monkeypatch):
 
 
 def subprocess_of(*args: str, **more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "sfumato.cli", *args]
+    command = [sys.executable, "-m", "sfumato", *args]
     return subprocess.run(command, env={**environment(), **more}, capture_output=True, text=True, check=False)
 
 
@@ -91,7 +91,7 @@ def test_the_bare_command_is_help_and_version_is_the_packages(run):
 
 
 def test_a_closed_pipe_is_no_error():
-    command = f"{sys.executable} -m sfumato.cli papers | head -n 1; echo ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m sfumato papers | head -n 1; echo ${{PIPESTATUS[0]}}"
     found = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, check=False)
     assert found.stdout.splitlines()[-1] == "0" and found.stderr == ""
 

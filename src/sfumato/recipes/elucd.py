@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,6 +82,31 @@ def picture(
         return plots.image(made)
 
 
+@torch.no_grad()
+def calibration_errors(denoiser: Any, readers: dict[str, Any], labels: Tensor, seed: int) -> dict[str, list[float]]:
+    """Expected calibration error of a reader of x_t and of one of x0, at every second step of an unguided run."""
+    errors: dict[str, list[float]] = {name: [] for name in readers}
+    told = Context.of(N, mix(seed, 3), cond={"y": labels})
+    run = core.trajectory(denoiser, solvers.get("ddpm"), grids.get("arctan"), STEPS, shape=(N, 64), ctx=told)
+    for st in run:
+        if st.t and st.index % 2 == 0:
+            states = {"x_t": st.x, "x0": denoiser(st.x, st.t, told.fork(look=True)).mean}
+            for name, reader in readers.items():
+                errors[name].append(expected_calibration_error(reader(states[name]), labels).value)
+    return errors
+
+
+def seconds_over(one: Callable[[], Any], other: Callable[[], Any], rounds: int = 3) -> float:
+    """CPU seconds of one over those of the other, each the least of a few interleaved runs."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for made, run in zip(spent, (one, other), strict=True):
+            began = time.process_time()
+            run()
+            made.append(time.process_time() - began)
+    return min(spent[0]) / min(spent[1])
+
+
 @recipe(
     "elucd",
     kind="guidance",
@@ -118,26 +144,12 @@ def elucd(seed: int) -> Findings:
     best = {name: min(range(len(SCALES)), key=values.__getitem__) for name, values in curves.items()}
     full, naive = "reads x0, calibrated", "reads x_t"
 
-    errors: dict[str, list[float]] = {"x_t": [], "x0": []}
-    told = Context.of(N, mix(seed, 3), cond={"y": labels})
-    with torch.no_grad():
-        for st in core.trajectory(denoiser, ddpm, grid, STEPS, shape=(N, 64), ctx=told):
-            if st.t and st.index % 2 == 0:
-                x0 = denoiser(st.x, st.t, told.fork(look=True)).mean
-                for name, state, reader in (("x_t", st.x, net), ("x0", x0, smooth)):
-                    errors[name].append(expected_calibration_error(reader(state), labels).value)
-
-    def seconds(guided: Any) -> float:
-        began = time.process_time()
-        draw(guided)
-        return time.process_time() - began
-
-    costs = [(seconds(arms[full](0.1)(denoiser)), seconds(denoiser)) for _ in range(3)]
+    errors = calibration_errors(denoiser, {"x_t": net, "x0": smooth}, labels, seed)
     accuracy = [float((f(x[unseen]).argmax(1) == y[unseen]).float().mean()) for f in (net, smooth)]
+    ratio = seconds_over(lambda: draw(arms[full](0.1)(denoiser)), lambda: draw(denoiser))
     shown = {"unguided": plain} | {
         f"{name}, scale {SCALES[best[name]]:g}": samples[name][best[name]] for name in (naive, full)
     }
-    ratio = min(a for a, _ in costs) / min(b for _, b in costs)
     mean = {name: sum(values) / len(values) for name, values in errors.items()}
     return Findings(
         [

@@ -1,3 +1,0 @@
-from sfumato.cli import main
-
-main()
