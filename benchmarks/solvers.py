@@ -18,7 +18,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from benchmarks import solvers_peers as peers
 from benchmarks import step_cost
 from benchmarks.diffusers_pipelines import megabytes
 from benchmarks.solvers_cases import EXACT, SEED, TRAINED, Case, exact, trained
-from sfumato.core import Context, mix
+from sfumato.core import mix
 from sfumato.evaluation.metrics import sliced_wasserstein
 
 OURS = ("arc", "dpm-solver++", "dpm-solver++(order=3)", "unipc", "deis", "ddim", "pndm", "dpm-solver++2s", "heun")
@@ -79,24 +78,14 @@ def rows(case: Case, calls: Sequence[int]) -> Iterator[dict[str, Any]]:
 def ours(case: Case, spec: str, calls: int) -> dict[str, Any]:
     """The figures of one of our solvers, or why it refuses."""
     try:
-        steps = affordable(case.denoiser.process, spec, calls)
+        solver = sf.solvers.registry.make(spec)
+        grid = sf.grids.get(solver.grid or "arctan")
+        steps = sf.solvers.steps_within(solver, case.denoiser.process, grid, calls)
         ctx = case.context()
         ends = sf.sample(case.denoiser, solver=spec, steps=steps, x=case.x, ctx=ctx)
     except sf.core.InputError as error:
         return {"refused": str(error)}
     return figures(case, ends, round(ctx.run.nfe))
-
-
-@cache
-def affordable(process: Any, spec: str, calls: int) -> int:
-    """The most steps that make at most this many calls."""
-    free = sf.oracles.Gaussian(torch.zeros(2), 1.0).denoiser(process)
-    for steps in range(calls, 0, -1):
-        ctx = Context.of(1, SEED)
-        sf.sample(free, solver=spec, steps=steps, x=torch.ones(1, 2), ctx=ctx)
-        if round(ctx.run.nfe) <= calls:
-            return steps
-    raise sf.core.InputError(f"{spec} makes more than {calls} calls in its first step")
 
 
 def figures(case: Case, ends: Tensor, calls: int) -> dict[str, Any]:

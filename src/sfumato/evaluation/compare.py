@@ -130,8 +130,11 @@ def _sampler(spec: str, grid: str | None, calls: float, name: str, denoiser: Den
     """A registered solver within a number of calls, of the model or of an accelerated one."""
 
     def make() -> tuple[Solver, Grid, int, Denoiser | None]:
-        solver, steps = _made(spec, calls)
-        return solver, grids_.registry.make(grid or solver.grid or "arctan"), steps, denoiser
+        solver = solvers_.registry.make(spec)
+        chosen = grids_.registry.make(grid or solver.grid or "arctan")
+        known = math.isfinite(solver.nfe)
+        steps = solvers_.steps_within(solver, denoiser.process, chosen, calls) if known else 1
+        return solver, chosen, steps, denoiser
 
     return Arm(spec + name, grid or solvers_.registry.make(spec).grid or "arctan", calls, make)
 
@@ -192,12 +195,6 @@ def _row(target: Target, arm: Arm, pipeline: Any, quality: Callable[[Tensor], Me
 def images(pipeline: Any, x: Tensor, batch: int = 32) -> Tensor:
     """uint8 pictures of states, in parts."""
     return torch.cat([pipeline.codec.images(part) for part in x.split(batch)])
-
-
-def _made(spec: str, calls: float) -> tuple[Solver, int]:
-    """The solver and how many steps it takes within the budget."""
-    solver = solvers_.registry.make(spec)
-    return solver, 1 if math.isnan(solver.nfe) else max(1, math.floor(calls / solver.nfe))
 
 
 def _median(errors: Tensor) -> Measurement:

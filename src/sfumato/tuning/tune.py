@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sfumato import grids, solvers
@@ -228,27 +227,13 @@ def _untuned(
 
 def _counted(target: Target, spec: str, solver: Solver, grid: str, nfe: int) -> Entry | None:
     """A solver on a grid with as many steps as ``nfe`` calls allow, or None where it cannot run here."""
-    count = max(1, math.floor(nfe / solver.nfe))
-    for steps_ in (count + 1, count):
-        try:
-            times = tuple(grids.registry.make(grid)(target.process, steps_, target.times[0], target.times[-1]).tolist())
-            entry = Entry("untuned", f"{spec} on {grid}", solver, times, (), spec, grid)
-            if _calls_of(target, entry) <= nfe:
-                return entry
-        except (InputError, ZeroDivisionError, OverflowError):
-            continue
-    return None
-
-
-def _calls_of(target: Target, entry: Entry) -> float:
-    """Network calls of a run, counted on the replay."""
-    from sfumato.core import Context, sample
-
-    replay = target.replay()
-    ctx = Context.of(1, None, dtype=torch.float64)
-    sample(replay, entry.solver, grids.fixed(entry.times), len(entry.times) - 1, x=replay.start(), ctx=ctx,
-           start=entry.times[0], stop=entry.times[-1])  # fmt: skip
-    return ctx.run.nfe
+    made, ends = grids.registry.make(grid), (target.times[0], target.times[-1])
+    try:
+        count = solvers.steps_within(solver, target.process, made, nfe, *ends)
+        times = tuple(made(target.process, count, *ends).tolist())
+    except (InputError, ZeroDivisionError, OverflowError):
+        return None
+    return Entry("untuned", f"{spec} on {grid}", solver, times, (), spec, grid)
 
 
 def _empirical(
@@ -373,7 +358,8 @@ def _calls(target: Target, entry: Entry) -> int:
     """Calls of the guided denoiser: counted where a name makes the solver, else what the solver says."""
     solver, n = entry.solver, len(entry.times) - 1
     if entry.solver_spec is not None:
-        return round(_calls_of(target, entry))
+        ends = (entry.times[0], entry.times[-1])
+        return round(solvers.calls(solver, target.process, grids.fixed(entry.times), n, *ends))
     return int(solver.calls(n)) if hasattr(solver, "calls") else round(solver.nfe * n)
 
 
