@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,17 @@ def outside(wrap: Guidance) -> Arm:
     return lambda denoiser, guidance, b: wrap(guidance(denoiser))
 
 
-def integers(denoiser: Denoiser, guidance: Guidance, b: Bench) -> Denoiser:
+def integers(backend: str) -> Arm:
     """Layers of 8-bit integers, their ranges from 64 guided runs of the model from other noise."""
-    n = min(64, len(b.captions))
-    cond = {k: v[:n] for k, v in b.cond.items()}
-    given: dict[str, Any] = {"grid": b.pipeline.grid, "steps": 20, "dropout": 0.3, "seed": b.seed + 1}
-    return guidance(
-        acceleration.int8(denoiser, acceleration.denoised(guidance(denoiser), n, b.shape[1:], cond=cond, **given))
+    return lambda denoiser, guidance, b: guidance(
+        acceleration.int8(denoiser, b.pipeline.calibration(64, 20, b.seed + 1), backend=backend)
     )
+
+
+def absent(backend: str) -> str | None:
+    """The package that an engine misses here, if it does."""
+    wanted = {"onnxruntime": ("onnxruntime", "onnxscript"), "torchao": ("torchao",)}.get(backend, ())
+    return next((name for name in wanted if find_spec(name) is None), None)
 
 
 ARMS: dict[str, Arm] = {
@@ -50,7 +54,9 @@ ARMS: dict[str, Arm] = {
     "deepcache, 1 call of 2 in full": inside(acceleration.deepcache(2)),
     "deepcache, 1 of 3": inside(acceleration.deepcache(3)),
     "deepcache, 1 of 5": inside(acceleration.deepcache(5)),
-    "8-bit integers (work: what is left in floats)": integers,
+    "8-bit integers": integers("onednn"),
+    "8-bit integers by onnxruntime": integers("onnxruntime"),
+    "8-bit integers by torchao, compiled": integers("torchao"),
     "token merging, 25 % in attention": inside(acceleration.token_merging(0.25)),
     "token merging, 50 % in attention": inside(acceleration.token_merging(0.5)),
     "token merging, 50 % in all parts": inside(acceleration.token_merging(0.5, parts=("attention", "cross", "mlp"))),
@@ -59,17 +65,26 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def measure(model: str, n: int, steps: int, seed: int, repeat: int) -> dict[str, Any]:
+def chosen(only: str) -> dict[str, Arm]:
+    """The plain model and the arms whose name has ``only`` in it, without those whose engine is not installed, which is said."""
+    missing = {name: absent(name.split()[3].strip(",")) for name in ARMS if "integers by" in name}
+    for name, package in missing.items():
+        if package:
+            print(f"left out, {package} is not installed: {name}")
+    return {name: arm for name, arm in ARMS.items() if (only in name or name == "plain") and not missing.get(name)}
+
+
+def measure(model: str, n: int, steps: int, seed: int, repeat: int, only: str = "") -> dict[str, Any]:
     """Speed, work and Fréchet distance of each arm over the plain model, as JSON values."""
-    b, judge = bench(model, n, seed), Judge()
+    b, judge, arms = bench(model, n, seed), Judge(), chosen(only)
     guidance = cfg(float(b.pipeline.guidance))
-    denoisers = {name: arm(b.pipeline.denoiser, guidance, b) for name, arm in ARMS.items()}
+    denoisers = {name: arm(b.pipeline.denoiser, guidance, b) for name, arm in arms.items()}
     part: dict[str, Any] = {
         "shape": (8, *b.shape[1:]),
         "cond": {k: v[:8] for k, v in b.cond.items()},
         "steps": steps,
     }
-    taken: dict[str, list[float]] = {name: [] for name in ARMS}
+    taken: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(repeat + 1):
         for name, denoiser in denoisers.items():
             began = time.perf_counter()
@@ -111,9 +126,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", default="", help="arms with this in their name, beside the plain model: 'integers'")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found = measure(given.model, given.n, given.steps, given.seed, given.repeat)
+    found = measure(given.model, given.n, given.steps, given.seed, given.repeat, given.only)
     print(f"{given.model}, {given.n} prompts, {given.steps} steps of DDIM, guidance {found['guidance']:g}")
     for row in found["rows"]:
         print(line(row))

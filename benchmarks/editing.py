@@ -27,10 +27,8 @@ def arms(kind: str, names: Sequence[str]) -> list[tuple[str, bool]]:
     made = []
     for name in names:
         method = sf.editing.get(name)
-        if (
-            "prompt" not in method.needs
-        ):  # it goes along a direction that is learned from examples, not to what words say
-            continue
+        if "prompt" not in method.needs and "mask" not in method.needs:
+            continue  # it follows a learned direction, or none: not what words or a region say
         if method.needs <= {"prompt", "source"}:
             made.append((name, False))
         if (

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from sfumato.core import InputError, Registry
+from sfumato import operators
+from sfumato.codecs import to_float
+from sfumato.core import Context, InputError, Registry
 from sfumato.networks.text import EmbeddingTable, SentenceEncoder, check_prompts
 
 registry = Registry("conditioner")
@@ -144,3 +147,47 @@ def _known(raw: Mapping[str, Any], classes: Mapping[str, Any]) -> None:
     unknown = set(raw) - set(classes)
     if unknown:
         raise InputError(f"this model reads no {sorted(unknown)}; it reads {sorted(classes) or 'only prompts'}")
+
+
+@registry.register("degraded")
+class Degraded(Conditioner):
+    """For restoration: the degraded picture, enlarged to the size of the result, under the names the model reads it by.
+
+    size      (height, width) of the result
+    reads     the conditions it becomes; 'anchor' is what an anchored process leads to, 'image' what a network sees beside x
+    operator  a spec such as "downsample(factor=4, noise=0.04)": what such pictures went through, see ``operators``
+
+    ``image`` is uint8 or in [-1, 1], (1 or n, C, h, w) of any h and w. It is enlarged by cubic interpolation. For models that
+    run on pixels.
+    """
+
+    name = "degraded"
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        reads: Sequence[str] = ("anchor", "image"),
+        operator: str = "downsample(factor=4)",
+    ) -> None:
+        height, width = size
+        self.config = {"size": [height, width], "reads": list(reads), "operator": operator}
+        self.size, self.operator = (height, width), operators.registry.make(operator)
+
+    def __call__(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
+        image = raw.pop("image", None)
+        if prompts is not None or raw:
+            raise InputError(f"this model reads no prompt and no {sorted(raw) or 'further condition'}, only image=")
+        if not isinstance(image, Tensor) or image.ndim != 4 or len(image) not in (1, n):
+            given = f"{tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+            raise InputError(f"this model restores: give the degraded pictures, image=(1 or {n}, C, h, w), not {given}")
+        wide = self.enlarged(image).expand(n, -1, -1, -1)
+        return dict.fromkeys(self.config["reads"], wide)
+
+    def enlarged(self, image: Tensor) -> Tensor:
+        """uint8 or [-1, 1] (n, C, h, w) as floats in [-1, 1] of the result's size."""
+        return interpolate(to_float(image), self.size, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+    def degraded(self, x: Tensor, ctx: Context) -> Tensor:
+        """Pictures (n, C, H, W) in [-1, 1] as the operator leaves them, its noise drawn from the streams of ``ctx``."""
+        small: Tensor = self.operator.measure(x, ctx)
+        return small

@@ -21,6 +21,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Where what is fetched or slow to make is kept: ``$SFUMATO_CACHE``, else ``~/.cache/sfumato``."""
+    return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato").expanduser()
+
+
 def model_folders() -> list[Path]:
     """Where bundled models lie: in this package, and in ``sfumato-zoo``, which carries the larger part of the zoo beside a wheel."""
     spec = find_spec("sfumato_zoo")

@@ -14,15 +14,18 @@ from torch import Tensor
 
 from sfumato import acceleration, codecs, conditioners, grids, networks, processes, solvers
 from sfumato import guidance as guidances
+from sfumato.acceleration.keeping import digest, kept
 from sfumato.core import Context, Grid, Guidance, InputError, Solver, Step, Streams, trajectory
 from sfumato.denoisers import Parametrized, parametrized
 from sfumato.files import bundled_models, write_atomically
 from sfumato.guidance import cfg
 
 if TYPE_CHECKING:
+    from sfumato.denoisers.lora import Adapter
     from sfumato.tuning.card import SamplerCard
 
 FORMAT = 1
+CALIBRATION = 1  # a number for the way calibration sets are made: another one makes them again
 ELSEWHERE = ("emoji-latent-", "emoji-study", "medical")  # of the zoo, what a wheel leaves to the package sfumato-zoo
 
 
@@ -80,17 +83,26 @@ class Pipeline:
         return dataclasses.replace(self, denoiser=made)
 
     def calibration(self, n: int = 64, steps: int = 20, seed: int = 1) -> acceleration.Calibration:
-        """What the network meets in n of the pipeline's own runs, of what it knows by name: see ``acceleration.denoised``."""
-        cond = self.conditions(n, self.conditioner.in_turn(n, seed))
-        return acceleration.denoised(
-            self.guided(),
-            n,
-            self.codec.shape(*self.size),
-            cond=cond,
-            grid=self.grid,
-            steps=steps,
-            dropout=0.3,
-            seed=seed,
+        """What the network meets in n of the pipeline's own runs, of what it knows by name: see ``acceleration.denoised``.
+
+        It is kept in the cache folder (``$SFUMATO_CACHE``, else ``~/.cache/sfumato``), under all that it depends on, and read from
+        there the next time; that of a pipeline with objects for its grid or guidance, or with a wrapped network, is not.
+        """
+        cond, shape = self.conditions(n, self.conditioner.in_turn(n, seed)), self.codec.shape(*self.size)
+
+        def make() -> acceleration.Calibration:
+            run: dict[str, Any] = {"cond": cond, "grid": self.grid, "steps": steps, "dropout": 0.3, "seed": seed}
+            return acceleration.denoised(self.guided(), n, shape, **run)
+
+        named = all(isinstance(given, (str, int, float)) for given in (self.grid, self.guidance))
+        if not named or type(self.denoiser) is not Parametrized:
+            return make()
+        d = self.denoiser
+        label = [str(t if d.clock is None else d.clock(t)) for t in (0.1, 0.5, 0.9)]
+        facts = CALIBRATION, _fingerprint(d), d.null, d.data_std, label, self.grid, self.guidance, shape, n, steps, seed
+        name = f"calibration-{digest(map(str, facts), cond)}"
+        return kept(
+            f"calibration on {n} runs of {steps} steps", name, lambda: make().packed(), acceleration.Calibration.of
         )
 
     def conditions(self, n: int, prompts: Sequence[str] | None = None, **raw: Any) -> dict[str, Any]:
@@ -229,12 +241,25 @@ class Pipeline:
             last = st
         return last.restart()
 
-    def save(self, path: str | Path) -> Path:
-        """Write ``pipeline.json`` and ``model.safetensors`` (half precision) into the folder ``path``."""
+    def taught(self, denoiser: Any, **fields: Any) -> Pipeline:
+        """The same pipeline with a student of its network in it, and its sampler and card."""
+        return dataclasses.replace(self, denoiser=denoiser, **fields)
+
+    def save(self, path: str | Path, *, base: str | None = None, adapter: Adapter | None = None) -> Path:
+        """Write ``pipeline.json`` and ``model.safetensors`` (half precision) into the folder ``path``.
+
+        With ``base``, the name of a bundled model, and the ``adapter`` that makes its network this one, the adapter alone is
+        kept, in full precision: loading puts it into that model, and refuses another one of the same name.
+        """
         from safetensors.torch import save as serialise
 
         description, folder = self.description(), Path(path)
         folder.mkdir(parents=True, exist_ok=True)
+        if base is not None and adapter is not None:
+            description["base"] = {"model": base, "fingerprint": _fingerprint(load(base).denoiser)}
+            adapter.save(folder / "model.safetensors", prefix="adapter")
+            write_atomically(folder / "pipeline.json", json.dumps(description, indent=1, ensure_ascii=False).encode())
+            return folder
         tensors = {f"network.{k}": v for k, v in self.denoiser.net.state_dict().items()}
         tensors |= {f"codec.{k}": v for k, v in self.codec.state_dict().items()}
         half = {k: (v.half() if v.is_floating_point() else v).contiguous().clone() for k, v in tensors.items()}
@@ -288,9 +313,12 @@ def load(name_or_path: str | Path) -> Pipeline:
         raise InputError(f"{folder / 'pipeline.json'} is not JSON ({error}): the file is damaged") from error
     if d.get("format") != FORMAT:
         raise InputError(f"{folder} has format {d.get('format')!r}; this version reads format {FORMAT}")
-    net = networks.build(d["network"]["name"], d["network"]["config"])
-    codec = codecs.build(d["codec"]["name"], d["codec"]["config"])
-    _fill({"network": net, "codec": codec}, folder / "model.safetensors")
+    if "base" in d:
+        net, codec = _adapted(folder, d["base"])
+    else:
+        net = networks.build(d["network"]["name"], d["network"]["config"])
+        codec = codecs.build(d["codec"]["name"], d["codec"]["config"])
+        _fill({"network": net, "codec": codec}, folder / "model.safetensors")
     numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in d["process"]["numbers"].items()}
     process = getattr(processes, d["process"]["name"])(**numbers)
     denoiser = parametrized(net.eval(), process, d["predicts"], null=d["null"], data_std=d["data_std"])
@@ -299,6 +327,26 @@ def load(name_or_path: str | Path) -> Pipeline:
     if isinstance(fields["guidance"], str):
         guidances.get(fields["guidance"])  # says at once where it is none
     return Pipeline(denoiser, codec.eval(), conditioner, tuple(d["size"]), **fields)
+
+
+def _adapted(folder: Path, base: Mapping[str, str]) -> tuple[Any, Any]:
+    """(network, codec) of a bundled model with the adapter of this folder in it."""
+    from sfumato.denoisers import lora
+
+    source = load(base["model"])
+    found = _fingerprint(source.denoiser)
+    if found != base["fingerprint"]:
+        raise InputError(
+            f"{folder} is an adapter of {base['model']} with the fingerprint {base['fingerprint']}; the installed one has {found}: "
+            "make it again from this one"
+        )
+    return lora.merge(source.denoiser, lora.load(folder / "model.safetensors", source.denoiser)).net, source.codec
+
+
+def _fingerprint(denoiser: Any) -> str:
+    from sfumato.tuning.card import fingerprint
+
+    return fingerprint(denoiser)
 
 
 def find(name_or_path: str | Path) -> Path:

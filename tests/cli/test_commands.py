@@ -92,6 +92,15 @@ def test_the_line_names_the_acceleration_and_an_empty_one_is_none(run, models):
     assert empty.status == 2 and "no acceleration named" in empty.stderr
 
 
+def test_a_fitted_acceleration_says_what_it_keeps_and_where(run, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    given = ("sample", "noto", "-m", models / "styled", "-n", 1, "--steps", 2, "--accelerate", "quantized(items=4, steps=2)", "--json")  # fmt: skip
+    first, second = run(*given).fine(), run(*given).fine()
+    assert "calibration on 4 runs of 2 steps: made now" in first.stderr and str(tmp_path / "cache") in first.stderr
+    assert "read from" in second.stderr and "made now" not in second.stderr
+    assert first.record["seed"] == second.record["seed"]
+
+
 def test_small_pictures_are_enlarged_to_be_seen(run, models, tmp_path):
     run("sample", "-m", models / "styled", "-n", 1).fine()
     assert pixels(tmp_path / "out.png").shape == (128, 128, 3)

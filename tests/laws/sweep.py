@@ -55,7 +55,7 @@ CONFIGURED = _distinct([
         "order=3, eta=1.0", "order=2, form='noise', eta=1.0",
     )),
     "dpm-solver++2s(rule='exact', variable='angle')", "dpm-solver++3s(rule='exact')", "dpm-solver++2s(eta=0.5, order=3)",
-    "dpm-solver-2(variable='angle')", "dpm-solver-3(rule='exact')", "dpm-solver-v3(order=3, corrector=True)",
+    "dpm-solver-2(variable='angle')", "dpm-solver-3(rule='exact')", "dpm-solver-v3(order=3, corrector='exact')",
     "heavy-ball(beta=0.5, terms=3)", "ghvb(terms=4, beta=0.8)", "ipndm(beta=0.5, momentum='nesterov')",
     "dpm-solver-adaptive(order=2)",
     "ddpm(eta=0.0)", "ddpm(eta=0.5)", "edm(churn=0.0)", "euler-maruyama(eta=0.0)", "euler-maruyama(eta=0.5)",

@@ -18,7 +18,6 @@ from sfumato import grids, oracles, solvers
 from sfumato.core import Context, Denoiser, InputError, Posterior, linear, sample
 from sfumato.denoisers import parametrized
 from sfumato.denoisers.boundaries import boundary, consistent
-from sfumato.denoisers.latent import Latent
 from sfumato.networks.scalars import settled, with_scalars
 from sfumato.objectives.distill import (
     AnnealingReflow,
@@ -277,8 +276,10 @@ class Critic(nn.Module):
 class WithLatent(Net):
     """A network that is also told a latent."""
 
-    def forward(self, x: Tensor, label: Tensor, *, vector: Tensor | None = None) -> Tensor:
-        return super().forward(x if vector is None else x + vector, label)
+    draws = {"latent": (2,)}
+
+    def forward(self, x: Tensor, label: Tensor, *, latent: Tensor) -> Tensor:
+        return super().forward(x + latent, label)
 
 
 def small_features() -> nn.Module:
@@ -306,7 +307,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "annealing": lambda: AnnealingReflow(small(), warmup=5),
     "guided": lambda: FlowGuided(small(), small()),
     "adversarial": lambda: DenoisingGAN(
-        Latent(parametrized(WithLatent(), VP(), "x0"), 2), Critic(), [1.0, 0.5, 0.001], lazy=2, regress=0.1
+        parametrized(WithLatent(), VP(), "x0"), Critic(), [1.0, 0.5, 0.001], lazy=2, regress=0.1
     ),
     "mmd": lambda: SamplerMMD(small(), small_features(), steps=2),
     "time-aware": lambda: TimeAware(small(), small(1), steps=2),

@@ -53,7 +53,7 @@ def mlp_call(batch: int) -> tuple[tuple, dict]:
 
 
 def latent_call(batch: int, *shape: int) -> tuple[tuple, dict]:
-    return (torch.randn(batch, *(shape or (2,))), torch.rand(batch)), {"vector": torch.randn(batch, 5)}
+    return (torch.randn(batch, *(shape or (2,))), torch.rand(batch)), {"latent": torch.randn(batch, 5)}
 
 
 def pairs_call(batch: int) -> tuple[tuple, dict]:
@@ -328,9 +328,9 @@ def test_mlp_treats_middle_positions_alike() -> None:
 def test_a_latent_has_only_a_direction_and_is_asked_for() -> None:
     net, (x, label), cond = made("latent")
     said = net(x, label, **cond)
-    torch.testing.assert_close(net(x, label, vector=7 * cond["vector"]), said)
-    assert (net(x, label, vector=-cond["vector"]) - said).abs().max() > 1e-4
-    for wrong in ({}, {"vector": cond["vector"][:, :3]}):
+    torch.testing.assert_close(net(x, label, latent=7 * cond["latent"]), said)
+    assert (net(x, label, latent=-cond["latent"]) - said).abs().max() > 1e-4
+    for wrong in ({}, {"latent": cond["latent"][:, :3]}):
         with pytest.raises(InputError, match="latent"):
             net(x, label, **wrong)
     with pytest.raises(InputError, match="vector_channels"):

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato import grids, oracles, solvers
+from sfumato import grids, networks, oracles, solvers
 from sfumato.core import Context, Denoiser, InputError, Posterior, linear, sample
 from sfumato.denoisers import parametrized
-from sfumato.denoisers.latent import Latent
-from sfumato.networks import MLP, UNet
+from sfumato.networks import MLP, DiT, PairCritic, UNet, with_latent
 from sfumato.networks.critics import FeatureCritic
-from sfumato.objectives.distill import TimeAware
+from sfumato.objectives.distill import DenoisingGAN, TimeAware
 from sfumato.objectives.times import Uniform
 from sfumato.processes import VP, ResidualShift
 
@@ -26,18 +25,15 @@ def law() -> oracles.Gaussian:
     return oracles.Gaussian(MEAN, VARIANCES)
 
 
-class Draws(Denoiser):
+class Draws(nn.Module):
     """The exact sampler of q(x0 | x_t): its belief is moved by the latent that it is told."""
 
-    def __init__(self, process: Any) -> None:
-        super().__init__()
-        self.process = process
+    draws = {"latent": (2,)}
 
-    def forward(self, x: Tensor, t: Any, ctx: Context) -> Posterior:
-        c = self.process.coef(t)
+    def forward(self, x: Tensor, label: Tensor, *, latent: Tensor) -> Tensor:
+        c = VP().coef(float(label[0]))
         spread = (VARIANCES * c.sigma**2 / (c.alpha**2 * VARIANCES + c.sigma**2)).sqrt()
-        x0 = law().belief(x, c)[0] + spread * ctx.cond["vector"]
-        return Posterior(x0, "x0", x, c)
+        return law().belief(x, c)[0] + spread * latent
 
 
 def test_four_steps_of_a_generator_that_draws_from_the_posterior_have_the_law_of_the_data() -> None:
@@ -50,9 +46,70 @@ def test_four_steps_of_a_generator_that_draws_from_the_posterior_have_the_law_of
         return sample(denoiser, solvers.get("ddpm"), times, 4, x=x, seed=3).var(0)
 
     torch.testing.assert_close(
-        variances(Latent(Draws(VP()), 2)) / VARIANCES, torch.ones(2, dtype=F64), atol=0.08, rtol=0
+        variances(parametrized(Draws(), VP(), "x0")) / VARIANCES, torch.ones(2, dtype=F64), atol=0.08, rtol=0
     )
     assert (variances(law().denoiser(VP())) / VARIANCES).min() < 0.9
+
+
+def test_a_latent_is_drawn_at_each_call_for_each_item_and_is_the_same_in_its_stacked_rows() -> None:
+    x, ctx = torch.zeros(3, 2, dtype=F64), Context.of(3, 7, dtype=F64)
+    drawing = parametrized(Draws(), VP(), "x0")
+    first, second = (drawing(x, 0.5, ctx).mean for _ in range(2))
+    assert not torch.equal(first, second)
+    ctx.rng.at(0)  # type: ignore[union-attr]
+    torch.testing.assert_close(drawing(x, 0.5, ctx).mean, first)
+    alone = Context(rng=Context.of(3, 7).rng.select([1]), dtype=F64, batch=1)  # type: ignore[union-attr]
+    torch.testing.assert_close(drawing(x[:1], 0.5, alone).mean[0], first[1])
+    ctx.rng.at(0)  # type: ignore[union-attr]
+    stacked = drawing(torch.cat([x, x]), 0.5, ctx).mean
+    torch.testing.assert_close(stacked, torch.cat([first, first]))
+    told = drawing(x, 0.5, ctx.fork(cond={"latent": torch.zeros(3, 2, dtype=F64)})).mean
+    torch.testing.assert_close(told, law().denoiser(VP())(x, 0.5, ctx).mean)
+
+
+def test_a_network_that_is_told_a_latent_begins_as_it_was_and_is_rebuilt_from_its_name() -> None:
+    for net, vector in (
+        (UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=False, embeddings={"y": 3}), None),
+        (UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=False, vector_channels=6), torch.randn(2, 6)),
+        (DiT(1, size=8, width=16, depth=1, heads=2), None),
+    ):
+        for p in net.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+        wider: Any = with_latent(net, 5, width=8)
+        x, label, z = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.7]), torch.randn(2, 5)
+        told = {} if vector is None else {"vector": vector}
+        torch.testing.assert_close(wider(x, label, latent=z, **told), net(x, label, **told))
+        nn.init.normal_(wider.project.weight)
+        said = wider(x, label, latent=z, **told)
+        assert (said - net(x, label, **told)).abs().max() > 1e-3
+        again = networks.build(wider.network_name, wider.config)
+        again.load_state_dict(wider.state_dict())
+        torch.testing.assert_close(again(x, label, latent=z, **told), said)
+        with pytest.raises(InputError, match="the latent is none"):
+            wider(x, label)
+    with pytest.raises(InputError, match="takes no vector"):
+        with_latent(nn.Linear(2, 2), 3)
+
+
+def test_attention_has_the_second_gradient_that_the_penalty_needs() -> None:
+    torch.manual_seed(0)
+    critic = PairCritic(
+        UNet(2, 1, width=16, multipliers=(1, 2), blocks=1, attention=True, heads=2, embeddings={"y": 3})
+    )
+    for p in critic.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    generator = parametrized(with_latent(UNet(1, width=16, multipliers=(1,), blocks=1, attention=False), 3), VP(), "v")
+    objective = DenoisingGAN(generator, critic, [1.0, 0.5, 0.0], r1=1.0, lazy=1)
+    items = {"x": torch.randn(4, 1, 8, 8), "cond": {}}
+    loss = objective(items, Context.of(4, 0), "critic")
+    loss.total.backward()
+    assert loss.terms["slope"] > 0 and critic.net.input.weight.grad.abs().max() > 0  # type: ignore[union-attr]
+    told = {**items, "cond": {"y": torch.tensor([0, 1, 2, 0])}}
+    other = {**items, "cond": {"y": torch.tensor([1, 1, 2, 0])}}
+    generator.reads = None  # not told of classes here
+    generator.net.forward = lambda x, label, latent=None, y=None: 0 * x  # type: ignore[method-assign]
+    first, second = (objective(v, Context.of(4, 0), "critic").total for v in (told, other))
+    assert (first - second).abs() > 1e-6  # the critic is told what the pair is of
 
 
 class Ends(Denoiser):
@@ -173,6 +230,6 @@ def test_mistakes_are_named() -> None:
         TimeAware(Ends(ResidualShift(), anchored), teacher, steps=0)(batch(), context())
     with pytest.raises(InputError, match="anchor"):
         TimeAware(Ends(ResidualShift(), anchored), teacher)({"x": batch()["x"]}, context())
-    net = parametrized(MLP(2, vector_channels=3), VP(), "x0")
+    net = parametrized(with_latent(MLP(2), 3), VP(), "x0")
     with pytest.raises(InputError, match="streams"):
-        Latent(net, 3)(torch.zeros(2, 2), 0.5, Context.of(2, None))
+        net(torch.zeros(2, 2), 0.5, Context.of(2, None))

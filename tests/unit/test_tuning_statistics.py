@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sfumato import grids, oracles
-from sfumato.core import InputError, sample
+from sfumato.core import Context, InputError, Posterior, Wrapper, sample
 from sfumato.processes import EDM, VP, Flow
 from sfumato.solvers.empirical import DPMSolverV3, EmpiricalStatistics
 from sfumato.solvers.exponential import Multistep
@@ -55,6 +55,23 @@ def test_two_halves_of_the_data_agree_and_the_first_order_error_falls() -> None:
             for solver in (DPMSolverV3(one, 1), Multistep(1))
         )
         assert ours < ddim
+
+
+def test_the_error_of_a_network_where_alpha_is_small_is_the_noise_form() -> None:
+    """There f is e^(-lambda) times an error of eps that hardly changes along the flow: s = -1, which keeps eps.
+
+    Beliefs magnified by sigma / alpha = 50 would otherwise be extrapolated as if they were x0.
+    """
+
+    class Wrong(Wrapper):
+        def forward(self, x: torch.Tensor, t: float, ctx: Context) -> Posterior:
+            return self.inner(x, t, ctx).but(eps=self.inner(x, t, ctx).view("eps") + 0.02 * torch.sin(3 * x))
+
+    denoiser = oracles.Gaussian(torch.zeros(5), torch.diag(STDS**2)).denoiser(VP())
+    data = oracles.Gaussian(torch.zeros(5), torch.diag(STDS**2)).sample(1024)
+    found = estimate(Wrong(denoiser), data, levels=20, lam_max=0.0)
+    assert bool((found.lams[:5] < -3).all())
+    assert float((found.s[:5] + 1).abs().max()) < 0.15
 
 
 def test_they_come_back_from_their_tensors_and_refuse_nonsense() -> None:

@@ -1,8 +1,9 @@
 """The same model in less work: caches, token selection, pruning, quantisation. Each is a wrapper or a new network."""
 
 from sfumato.acceleration._registry import get, names, register, registry
-from sfumato.acceleration.caching import Cached, around, cached, deepcache, every, operations
+from sfumato.acceleration.caching import Cached, around, cached, deepcache, every
 from sfumato.acceleration.calibration import Calibration, denoised, noised
+from sfumato.acceleration.counting import operations
 from sfumato.acceleration.integers import int8
 from sfumato.acceleration.merging import Merged, token_merging
 from sfumato.acceleration.quantization import quantized

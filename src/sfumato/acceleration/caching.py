@@ -192,17 +192,4 @@ def _within(branch: int, count: int, what: str) -> None:
         raise InputError(f"branch = {branch}: this network has {count} {what}, so at most {count - 1}")
 
 
-def operations(run: Callable[[], Any]) -> int:
-    """Floating-point operations of everything that ``run()`` computes with matrix products and convolutions (torch's count).
-
-    Attention runs as its two products meanwhile, since torch does not count the fused kernel of every processor.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-__all__ = ["Cached", "Schedule", "around", "cached", "deep_modules", "deepcache", "every", "operations"]
+__all__ = ["Cached", "Schedule", "around", "cached", "deep_modules", "deepcache", "every"]

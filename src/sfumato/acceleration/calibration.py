@@ -55,6 +55,22 @@ class Calibration:
             rows = slice(i, i + size)
             yield Batch(self.x[rows], self.t[rows], {k: v[rows] for k, v in self.cond.items()})
 
+    def packed(self) -> bytes:
+        """It as one safetensors file."""
+        from safetensors.torch import save
+
+        tensors = {"x": self.x, "t": self.t} | {f"cond.{name}": value for name, value in self.cond.items()}
+        return save({name: value.contiguous() for name, value in tensors.items()})
+
+    @staticmethod
+    def of(data: bytes) -> Calibration:
+        """What :meth:`packed` wrote."""
+        from safetensors.torch import load
+
+        tensors = load(data)
+        cond = {name.removeprefix("cond."): value for name, value in tensors.items() if name.startswith("cond.")}
+        return Calibration(tensors["x"], tensors["t"], cond)
+
     def select(self, rows: Any) -> Calibration:
         """A part of it."""
         return Calibration(self.x[rows], self.t[rows], {k: v[rows] for k, v in self.cond.items()})

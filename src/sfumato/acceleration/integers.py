@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.acceleration._registry import Fitted, register
 from sfumato.acceleration.calibration import Calibration
+from sfumato.acceleration.engines import BACKENDS, attached
 from sfumato.acceleration.quantization import Quantized, _rebuilt, layers, quantized
 from sfumato.acceleration.ranges import Quantizer
 from sfumato.core import Denoiser, InputError
@@ -94,23 +96,39 @@ class Int8(nn.Module):
             return self._ready
 
 
-def int8(denoiser: Denoiser, calibration: Calibration | None = None, **options: Any) -> Denoiser:
+def int8(
+    denoiser: Denoiser, calibration: Calibration | None = None, *, backend: str = "onednn", **options: Any
+) -> Denoiser:
     """A copy of a denoiser whose linear layers and convolutions of maps and tokens run on 8-bit integers on a CPU.
 
     ``denoiser`` is a full one, with the calibration set and the options of :func:`quantized` (no attention: its products
     stay in float, as its softmax does), or a quantised one of 8 bits. Each layer equals its simulation to float rounding (a
     value that rounding moves across the border of two codes changes a step, so that networks agree less closely). It serves
     any batch, solver, guidance and thread, and keeps the paths of submodules. It is fast where the processor has
-    integer dot products (AVX512-VNNI, AVX-VNNI, AMX). Raises InputError for other bits, and at a call for other dtypes and
-    devices and where a gradient is asked for.
+    integer dot products (AVX512-VNNI, AVX-VNNI, AMX).
+
+    backend  "onednn"       torch's own kernels; needs nothing else, takes convolutions, any shape and taps
+             "onnxruntime"  the same codes as one graph (extra ``onnx``), for linear layers and items of one shape: about 1.25 x
+                            the speed of the default on a transformer of 256 tokens wide 256 or less; ten seconds at the first opening
+             "torchao"      linear layers of torchao under torch.compile (extra ``torchao``, and a C++ compiler): each token has
+                            a range of its own, so it is the nearest to the full network; a minute at the first call
+
+    The two other engines need the calibration set, whose items show what the network reads. A call with taps (a cache, token
+    merging, attention control) runs on torch's own kernels with any of them. docs/acceleration.md has all three in one run.
+
+    Raises InputError for other bits, and at a call for other dtypes and devices and where a gradient is asked for.
     """
+    if backend not in BACKENDS:
+        raise InputError(f"backend = {backend!r}: one of {', '.join(BACKENDS)}")
+    if backend != "onednn" and calibration is None:
+        raise InputError(f"{backend} is given the calibration set, whose items show what the network reads")
     if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():
         raise InputError("this torch has no oneDNN kernels for 8-bit integers: use quantized(), which simulates them")
     if calibration is not None:
         denoiser = quantized(denoiser, calibration, **{"attention": False, **options})
     elif options:
         raise InputError(f"{sorted(options)} are options of the calibration: give one")
-    new: dict[str, nn.Module] = {}
+    new: dict[str, Int8] = {}
     for path, layer in layers(denoiser).items():
         if layer.input is None:
             continue  # of vectors: exact input
@@ -123,16 +141,22 @@ def int8(denoiser: Denoiser, calibration: Calibration | None = None, **options: 
         new[path] = Int8(layer)
     if not new:
         raise InputError("no layer has quantised inputs: activations=8")
-    return _rebuilt(denoiser, new)
+    made: Denoiser = _rebuilt(denoiser, new)
+    if backend == "onednn" or calibration is None:
+        return made
+    return attached(made, new, backend, next(calibration.batches(2)))
 
 
 @register("int8")
-def fitted(items: int = 64, steps: int = 20, seed: int = 1) -> Fitted:
+def fitted(items: int = 64, steps: int = 20, seed: int = 1, backend: str = "onednn") -> Fitted:
     """Linear layers and convolutions on the 8-bit integers of a CPU, their ranges fitted to runs of the model.
 
     items, steps, seed  of those runs; :func:`sfumato.acceleration.int8` takes a calibration set of your own
+    backend             which kernels compute: "onednn", "onnxruntime" or "torchao", see there
     """
-    return Fitted(int8, items, steps, seed)
+    if backend not in BACKENDS:
+        raise InputError(f"backend = {backend!r}: one of {', '.join(BACKENDS)}")
+    return Fitted(partial(int8, backend=backend), items, steps, seed)
 
 
 __all__ = ["Int8", "codes", "int8"]

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import json
+import logging
 import os
 import signal
 import sys
@@ -86,6 +87,27 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Said(logging.Handler):
+    """What the library says while a command runs, a line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Show what the library says of itself: what it keeps and where, and its warnings."""
+    log, said = logging.getLogger("sfumato"), _Said(logging.INFO)
+    level = log.level
+    log.addHandler(said)
+    log.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeHandler(said)
+        log.setLevel(level)
+
+
 app = typer.Typer(
     cls=Commands,
     add_completion=False,
@@ -119,7 +141,7 @@ def command(
     def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
         @functools.wraps(function)
         def run(*args: Any, as_json: bool, **kwargs: Any) -> None:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), _told():
                 answer = function(*args, **kwargs)
             show(answer, as_json)
             if answer.status:

@@ -24,11 +24,17 @@ def distill(
     method: Annotated[
         str,
         typer.Option(
-            help="segments, progressive, rectified-diffusion, reflow, consistency, consistency-training, lcm-lora, slam or "
-            "distribution-matching."
+            help="segments, progressive, rectified-diffusion, reflow, slimflow, consistency, consistency-training, lcm-lora, slam, "
+            "distribution-matching, boot; with --data mmd-ddm, ddgan, tad-sr."
         ),
     ] = "segments",
-    steps: Annotated[int, typer.Option(min=1, help="Network calls an image of the student.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Network calls an image of the student. Default: 4; boot and tad-sr: 1.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Pictures for the methods that learn from them: a folder, shards, or a data set such as digits or emoji:train."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the distillation in OUT, bit for bit.")] = False,
     prompts: Annotated[
         list[str] | None,
@@ -41,39 +47,46 @@ def distill(
         list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE",
-            help="iterations, batch, lr, ema, trajectories, calls, guidance, rank, halvings, seed; may be repeated.",
+            help="iterations, batch, lr, ema, trajectories, calls, guidance, rank, halvings, width (slimflow), features (mmd-ddm), latent "
+            "and r1 (ddgan), detail and adversarial (tad-sr), seed; may be repeated.",
         ),
     ] = None,
 ) -> Answer:  # fmt: skip
     """Teach a student of a few calls, e.g. `sfumato distill digits --method segments --steps 4 --out fast`.
 
-    The teacher makes its own data. OUT/pipeline is what `sfumato sample --model OUT` loads; guidance is in the student.
+    Most methods need no data: the teacher makes its own. mmd-ddm, ddgan and tad-sr learn from pictures, `--data digits`.
+    OUT/pipeline is what `sfumato sample --model OUT` loads; guidance is in the student.
     """
     import time
 
     from sfumato import distillation
+    from sfumato import pipeline as sfumato_pipeline
     from sfumato.cli._launch import on_cpu
 
-    plan = _planned(out, model, method, steps, resume, prompts, list(given or ()))
+    plan = _planned(out, model, method, steps, resume, prompts, data, list(given or ()))
     began = time.perf_counter()
     pipeline = _loaded(plan["model"])
     made = distillation.distill(
         pipeline,
+        data=None if plan.get("data") is None else _pictures(plan["data"], pipeline),
         prompts=plan["prompts"],
         out=out,
         scores=scores,
-        model=Path(plan["model"]).name,
+        model=plan["model"] if plan["model"] in sfumato_pipeline.bundled() else Path(plan["model"]).name,
         cpu=on_cpu(),
         **plan["settings"],
     )
     saved = out / "pipeline"
-    if getattr(made, "source", None) is not None:
-        made.source.save_pretrained(saved)  # type: ignore[attr-defined]
     record: dict[str, Any] = {"out": str(out), "pipeline": str(saved), **plan, "card": made.card}
     record["seconds"] = round(time.perf_counter() - began, 1)
-    told = made.card.get("scores", {}).get("median distance to the teacher's end", {})
-    shown = f"{made.card['what']}, in {record['seconds']:.0f} s\nsfumato sample --model {out}"
-    return Answer(record, "\n".join([*(f"{name}: {value:.4f}" for name, value in told.items()), shown]))
+    scored = {name: found for name, found in made.card.get("scores", {}).items() if name != "items"}
+    lines = [f"{name}, {who}: {value:.4f}" for name, figures in scored.items() for who, value in figures.items()]
+    use = (
+        f"sfumato.from_diffusers({str(saved)!r})"
+        if (saved / "model_index.json").exists()
+        else f"sfumato sample --model {out}"
+    )
+    return Answer(record, "\n".join([*lines, f"{made.card['what']}, in {record['seconds']:.0f} s", use]))
 
 
 def _loaded(model: str) -> Any:
@@ -84,16 +97,63 @@ def _loaded(model: str) -> Any:
     return sfumato.load(model)
 
 
-def _planned(
-    out: Path, model: str | None, method: str, steps: int, resume: bool, prompts: list[str] | None, given: list[str]
-) -> dict[str, Any]:
-    """Model, prompts and settings: a resume takes those of the run, and may change only how long and how often."""
+class Told:
+    """Pictures with "prompt", what the model would be asked to draw them: their captions, or the names of their classes."""
+
+    def __init__(self, found: Any, field: str | None) -> None:
+        self.found, self.field = found, field
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def batch(self, indices: Any) -> dict[str, Any]:
+        """Those items."""
+        part = self.found.batch(indices)
+        if self.field is None:
+            return {"x": part["x"]}
+        names = part["caption"] if self.field == "caption" else [self.found.classes[i] for i in part["label"].tolist()]
+        return {"x": part["x"], "prompt": list(names)}
+
+
+def _pictures(source: str, pipeline: Any) -> Told:
+    """The pictures of a data set at the model's size, with what the model reads of them."""
+    from sfumato.cli.data import pictures
     from sfumato.core.errors import InputError
-    from sfumato.distillation import Settings
+
+    height, width = pipeline.size
+    if height != width:
+        raise InputError(
+            f"this model draws {height} x {width} pixels: --data is for square pictures, use sf.distill(data=)"
+        )
+    found = pictures(source, height)
+    reads, known = pipeline.denoiser.reads or (), set(pipeline.conditioner.vocabulary)
+    if found.classes and set(found.classes) <= known:
+        return Told(found, "label")
+    if found.captioned and "text" in reads:
+        return Told(found, "caption")
+    if known or "text" in reads:
+        lacking = "captions" if "text" in reads else f"classes among {', '.join(sorted(known)[:12])}"
+        raise InputError(f"this model is told what it draws, and {source} has no {lacking}")
+    return Told(found, None)
+
+
+def _planned(
+    out: Path,
+    model: str | None,
+    method: str,
+    steps: int | None,
+    resume: bool,
+    prompts: list[str] | None,
+    data: str | None,
+    given: list[str],
+) -> dict[str, Any]:
+    """Model, data, prompts and settings: a resume takes those of the run, and may change only how long and how often."""
+    from sfumato.core.errors import InputError
+    from sfumato.distillation import METHODS, Settings
     from sfumato.files import write_atomically
 
     file = out / "distill.json"
-    if not resume and file.exists():
+    if not resume and any(out.rglob("*.safetensors")):  # a plan alone is one that was refused
         raise InputError(f"{out} holds a distillation: --resume continues it, or choose another folder")
     if resume:
         if not file.is_file():
@@ -103,16 +163,19 @@ def _planned(
         before = dataclasses.asdict(Settings(**kept["settings"]))
         fixed = [k for k, v in dataclasses.asdict(settings).items() if v != before[k] and k not in FREE]
         fixed += ["model"] if model not in (None, kept["model"]) else []
+        fixed += ["data"] if data not in (None, kept.get("data")) else []
         if fixed:
             raise InputError(f"{', '.join(fixed)} cannot change in a distillation that goes on; {', '.join(FREE)} can")
         plan = {**kept, "settings": dataclasses.asdict(settings)}
     else:
         if model is None:
             raise InputError("MODEL is missing: a bundled name, or a folder of a pipeline")
-        plan = {
-            "model": model, "prompts": prompts or None,
-            "settings": dataclasses.asdict(_settings(given, {"method": method, "steps": steps})),
-        }  # fmt: skip
+        once = method in METHODS and METHODS[method].once
+        begun = {"method": method, "steps": (1 if once else 4) if steps is None else steps}
+        settings = _settings(given, begun)
+        if method in METHODS and METHODS[method].reads in ("data", "restored") and data is None:
+            raise InputError(f"{method} learns from pictures: give --data, a folder or the name of a data set")
+        plan = {"model": model, "data": data, "prompts": prompts or None, "settings": dataclasses.asdict(settings)}
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(plan, indent=1).encode())
     return plan

@@ -101,10 +101,21 @@ def features(
     return post, {path: found[path] for path in paths}
 
 
+def as_maps(h: Tensor, x: Tensor) -> Tensor:
+    """Feature maps (B, C, H, W): tokens (B, N, C) are laid out as the picture x (B, *, H, W) is, row by row."""
+    if h.ndim == 4:
+        return h
+    height, width = x.shape[-2:]
+    patch = round((height * width / h.shape[1]) ** 0.5) if h.ndim == 3 else 0
+    if not patch or (height // patch) * (width // patch) != h.shape[1]:
+        raise InputError(f"features {tuple(h.shape)} are no maps and no tokens of a picture {tuple(x.shape)}")
+    return h.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+
+
 def _tensor(out: Any, path: str) -> Tensor:
     if not isinstance(out, Tensor):
         raise InputError(f"{path!r} gives a {type(out).__name__}, not one tensor: name a submodule inside it")
     return out
 
 
-__all__ = ["bottleneck", "changing", "features", "network", "reading"]
+__all__ = ["as_maps", "bottleneck", "changing", "features", "network", "reading"]

@@ -55,15 +55,12 @@ class Adapted(nn.Module):
             return base(x) + factor * F.conv2d(hidden, self.up)
         return self.base(x) + factor * F.linear(F.linear(x, self.down), self.up)
 
-    @property
-    def weight(self) -> Tensor:
-        """W alone: networks look at its dtype."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """That of the layer."""
-        return self.base.bias
+    def __getattr__(self, name: str) -> Any:
+        """What a network asks of its layers (``weight``, ``bias``, ``in_features``, ...) is that of W."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
 
     def layer(self) -> Layer:
         """The adapter in it."""

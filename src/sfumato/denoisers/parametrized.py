@@ -31,7 +31,7 @@ class Parametrized(Denoiser):
             raise InputError(f"predicts = {predicts!r}: use one of {', '.join((*KINDS, 'edm'))}")
         self.net, self.process, self.predicts, self.clock = net, process, predicts, clock
         self.null, self.data_std = dict(null or {}), data_std
-        self.reads = _conditions(net)
+        self.reads, self.draws = _conditions(net), dict(getattr(net, "draws", {}))
         self._graph: list[Any] = []  # in a list, so that it is no second owner of the network's parameters
 
     def compiled(self, **options: Any) -> Parametrized:
@@ -53,7 +53,9 @@ class Parametrized(Denoiser):
             net_in, kind = linear(_edm_input(coef, self.data_std), x), edm_row(coef, self.data_std)
         net = self._graph[0] if self._graph and not ctx.taps else self.net
         with tapped(self.net, ctx):
-            out = net(linear(1.0, net_in, 1.0, anchor), self._label(t, x), **self._conditions(ctx))
+            out = net(
+                linear(1.0, net_in, 1.0, anchor), self._label(t, x), **self._conditions(ctx), **self._drawn(x, ctx)
+            )
         if self.predicts == "flow" and anchor is not None:
             out = linear(1.0, out, -1.0, self.process.anchor(t, ctx.cond, derivative=True))
         ctx.run.nfe += len(x) / ctx.batch
@@ -75,6 +77,21 @@ class Parametrized(Denoiser):
                 f"the network reads no condition {sorted(unread)}; it reads {sorted(self.reads) or 'none'}"
             )
         return {k: v for k, v in ctx.cond.items() if k in self.reads}
+
+    def _drawn(self, x: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """Fresh noise for what the network wants drawn at each call and is not told: one draw an item, its rows alike."""
+        missing = {name: shape for name, shape in self.draws.items() if name not in ctx.cond}
+        if missing and ctx.rng is None:
+            raise InputError(
+                f"this network draws {', '.join(missing)} at each call: give a context with streams, Context.of(batch, seed)"
+            )
+        rows: Any = ctx.rng
+        return {
+            name: rows.normal(torch.empty(len(rows.seeds), *shape, dtype=x.dtype, device=x.device)).repeat(
+                len(x) // len(rows.seeds), *[1] * len(shape)
+            )
+            for name, shape in missing.items()
+        }
 
 
 def _conditions(net: nn.Module) -> set[str] | None:
@@ -114,6 +131,10 @@ def parametrized(
     clock     t -> the time label the network was trained with (default: t itself), a number or a tensor (B,); the
               network gets (B,) in the dtype of x, but float32 at least
     null      what "no condition" is, by condition name
+
+    A network with ``draws``, {condition: shape of an item}, is given fresh standard normal noise for those conditions at each
+    call: its belief is then a draw from q(x0 | x_t) and not a mean, so a few large steps of 'ddpm', whose kernel is the
+    posterior of the process, have many modes (Xiao, Kreis, Vahdat, 2022). Noise that is told, ``cond={"latent": z}``, stays.
 
     For an anchored process the network sees the raw state x_t (the anchor is added to its input here), and a 'flow'
     prediction has the anchor's drift taken off. torch.compile goes on ``net``: ``.compiled()``. Raises InputError for

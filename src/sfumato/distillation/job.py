@@ -15,7 +15,9 @@ from torch import Tensor
 from sfumato import grids
 from sfumato.core import Denoiser, InputError, mix
 from sfumato.denoisers import lora, parametrized
+from sfumato.distillation.pictures import Pictures, restored
 from sfumato.distillation.settings import Settings
+from sfumato.distillation.smaller import slimmed
 from sfumato.pipeline import Pipeline
 from sfumato.training.data import Batches
 from sfumato.training.shards import Arrays
@@ -30,6 +32,14 @@ class Job:
     settings: Settings
     prompts: Sequence[str] | None = None
     raw: Mapping[str, Any] = field(default_factory=dict)
+    given: Any = None
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The data. Raises InputError where there are none."""
+        if self.given is None:
+            raise InputError(f"{self.settings.method} learns from pictures: give data= (--data on the command line)")
+        return Pictures(self.pipeline, self.given, self.raw, self.settings.seed)
 
     @cached_property
     def scale(self) -> float:
@@ -50,6 +60,11 @@ class Job:
         times: list[float] = grids.get("arc")(self.pipeline.process, self.settings.teacher_calls, 1.0, 0.0).tolist()
         return times
 
+    @property
+    def run(self) -> int:
+        """Calls of the teacher's run on a picture that it restores: the steps of its process where that has such."""
+        return self.settings.calls or int(getattr(self.pipeline.process, "steps", self.pipeline.steps))
+
     @cached_property
     def times(self) -> list[float]:
         """The student's: every so many of the teacher's."""
@@ -66,6 +81,11 @@ class Job:
     def copied(self) -> Any:
         """The pipeline's denoiser with weights of its own."""
         return copy.deepcopy(self.pipeline.denoiser).requires_grad_()
+
+    def small(self) -> Any:
+        """A student of fewer channels with fresh weights, in the teacher's process."""
+        net = slimmed(self.pipeline.denoiser.net, self.settings.width, self.settings.seed)
+        return answering(rewrapped(self.pipeline.denoiser, net)).requires_grad_().train()
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -109,6 +129,24 @@ class Job:
         parts = [made.batch(range(i, min(i + 64, len(made)))) for i in range(0, len(made), 64)]
         return Arrays({k: torch.cat([p[k] for p in parts]) for k in ("states", "index")})
 
+    def reading(self, out: Path | None, form: str) -> Any:
+        """What a method learns from: 'data', pictures; 'restored', pictures and the teacher's run on each; 'conditions' alone;
+        or the teacher's trajectories, as in :meth:`batches`, where 'x' may be pictures instead."""
+        s = self.settings
+        if form == "conditions":
+            return self._told
+        if form == "restored":
+            runs = restored(self.pictures, self.teacher, s.trajectories, self.run, s.seed, out)
+            return Batches(runs, s.batch, s.seed)
+        if form == "data" or (form == "x" and self.given is not None):
+            return Batches(self.pictures, s.batch, s.seed)
+        return self.batches(self.data(out), form)
+
+    def _told(self, it: int) -> dict[str, Any]:
+        """The conditions of iteration ``it``, each of an item that no other one has."""
+        rows = range(it * self.settings.batch, (it + 1) * self.settings.batch)
+        return {"index": torch.tensor(rows), "cond": self.conditions(rows)}
+
     def batches(self, data: Any, form: str) -> Batches:
         """Batches of 'states' at the student's times, of 'pairs', or of samples 'x', with conditions."""
         every = self.settings.teacher_calls // self.settings.steps
@@ -122,10 +160,20 @@ class Job:
         return Batches(data, self.settings.batch, self.settings.seed, transform=transform)
 
 
-def rewrapped(denoiser: Any, net: Any) -> Any:
-    """The same parameterisation of another network."""
+def rewrapped(denoiser: Any, net: Any, predicts: str | None = None) -> Any:
+    """The same parameterisation of another network, or of one that predicts something else."""
     d = denoiser
-    return parametrized(net, d.process, d.predicts, d.clock, d.null, d.data_std).train(d.training)
+    return parametrized(net, d.process, predicts or d.predicts, d.clock, d.null, d.data_std).train(d.training)
+
+
+def answering(denoiser: Any) -> Any:
+    """The same network, its output read as 'v' where an 'eps' or a score would say next to nothing of x0 at t = 1.
+
+    There alpha is nearly 0, and x0 = (x - sigma eps) / alpha multiplies every error by 1 / alpha. A student whose one call
+    begins there learns its last layer anew.
+    """
+    weak = denoiser.predicts in ("eps", "score") and denoiser.process.coef(1.0).alpha < 0.1
+    return rewrapped(denoiser, denoiser.net, "v") if weak else denoiser
 
 
 def vocabulary(conditioner: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The methods of distillation by slug: which objective, what of a trajectory it reads, how the student samples."""
+"""The methods of distillation by slug: which objective, what it learns from, how the student samples."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from sfumato import grids
 from sfumato.core import InputError, Objective
-from sfumato.distillation.job import Job, rewrapped
+from sfumato.distillation import players
+from sfumato.distillation.job import Job, answering, rewrapped
 from sfumato.networks.scalars import with_scalars
-from sfumato.objectives.distill import Consistency, DistributionMatching, Segments
+from sfumato.objectives.distill import AnnealingReflow, Bootstrap, Consistency, DistributionMatching, Segments
 
 LCM_RANGE = 2.0  # lcm draws its guidance from the pipeline's scale up and down by this factor
 
@@ -22,12 +23,26 @@ def _noisiest(process: Any) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """How a slug becomes an objective: what of a trajectory it reads, its sampler, and its adapters' rank."""
+    """How a slug becomes an objective.
+
+    make     the objective of a job; ``player`` of it is the student
+    reads    what it learns from, see :meth:`Job.reading`
+    solver   the student's
+    rank     of its adapters; 0: all weights. ``whole`` methods change the network and have none
+    once     its students sample in one call
+    guided   the pipeline's guidance is put into the student; without, it learns what pictures are like
+    """
 
     make: Callable[[Job], Objective]
     reads: str
     solver: str = "ddim"
     rank: int = 0
+    player: str = "student"
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    once: bool = False
+    whole: bool = False
+    guided: bool = True
 
 
 def _segments(job: Job) -> Objective:
@@ -42,6 +57,11 @@ def _reflow(job: Job) -> Objective:
     if job.pipeline.denoiser.predicts != "flow":
         raise InputError("reflow is for models that predict 'flow': 'rectified-diffusion' is the same for any other")
     return Segments(job.student, [1.0, 0.0], inside=1.0, read="native")
+
+
+def _slimflow(job: Job) -> Objective:
+    """The first part; the second, for one step, begins with what it made."""
+    return AnnealingReflow(job.small(), warmup=max(1, job.settings.iterations // 2))
 
 
 def _consistency(job: Job, **options: Any) -> Objective:
@@ -75,14 +95,25 @@ def _matching(job: Job) -> Objective:
     )
 
 
+def _boot(job: Job) -> Objective:
+    return Bootstrap(answering(job.student), job.teacher, job.shape)
+
+
 METHODS: dict[str, Method] = {
     "segments": Method(_segments, "states"),
     "progressive": Method(_segments, "x"),
     "rectified-diffusion": Method(_rectified, "states"),
     "reflow": Method(_reflow, "pairs"),
+    "slimflow": Method(_slimflow, "pairs", lr=1e-3, whole=True),
     "consistency": Method(_consistency, "x", "consistency"),
     "consistency-training": Method(_training, "x", "consistency"),
     "lcm-lora": Method(_lcm, "x", "lcm", rank=8),
-    "slam": Method(_slam, "x", "consistency"),
+    "slam": Method(_slam, "x", "consistency", whole=True),
     "distribution-matching": Method(_matching, "pairs"),
+    "boot": Method(_boot, "conditions", once=True),
+    "mmd-ddm": Method(players.moments, "data", player="denoiser", lr=2e-5, guided=False),
+    "ddgan": Method(
+        players.adversarial, "data", "ddpm", player="generator", lr=1.5e-4, betas=(0.5, 0.9), whole=True, guided=False
+    ),
+    "tad-sr": Method(players.restoring, "restored", once=True),
 }

@@ -12,19 +12,26 @@ class Settings:
     """What a distillation is told; the keys of ``sfumato distill --set``.
 
     steps         of the student, one call each
-    iterations, batch, lr, ema, seed   of the training (progressive: of each halving)
-    trajectories  how many solutions of the teacher are made first
+    iterations, batch, ema, seed   of the training (progressive and slimflow: of each of their parts)
+    lr            learning rate; 0: the method's own
+    trajectories  how many solutions of the teacher are made first, by methods that learn from those
     calls         of the teacher a trajectory; a multiple of ``steps``
     guidance      what is put into the student; 0: the pipeline's own scale
     rank          train adapters of this rank only; 0: all weights (lcm-lora: 8)
     halvings      of 'progressive': the first student has steps 2^(halvings - 1)
+    width         of 'slimflow': the small network has about this share of the teacher's channels
+    features      of 'mmd-ddm': what the moments are of: 'teacher' (its own activations), 'pixels' (the states), or a registered
+                  feature extractor of pictures such as 'mobilenet-v2'
+    latent        of 'ddgan': numbers of the latent
+    r1            of 'ddgan': weight of the penalty of the critic's slope
+    detail, adversarial   of 'tad-sr': weights of the comparison at small noise and of the critic
     """
 
     method: str = "segments"
     steps: int = 4
     iterations: int = 1000
     batch: int = 32
-    lr: float = 3e-4
+    lr: float = 0.0
     ema: float = 0.99
     seed: int = 0
     trajectories: int = 1024
@@ -32,6 +39,12 @@ class Settings:
     guidance: float = 0.0
     rank: int = 0
     halvings: int = 2
+    width: float = 0.5
+    features: str = "teacher"
+    latent: int = 64
+    r1: float = 0.05
+    detail: float = 30.0
+    adversarial: float = 0.1
     save_every: int = 200
     log_every: int = 25
 
@@ -40,13 +53,21 @@ class Settings:
 
         if self.method not in METHODS:
             raise InputError(f"method = {self.method!r}: one of {', '.join(METHODS)}")
-        for name in ("steps", "iterations", "batch", "trajectories", "halvings", "save_every", "log_every"):
+        method = METHODS[self.method]
+        for name in ("steps", "iterations", "batch", "trajectories", "halvings", "latent", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: at least 1")
-        if self.lr <= 0 or not 0 <= self.ema < 1 or self.rank < 0 or self.guidance < 0 or self.calls < 0:
-            raise InputError("lr above 0, ema in [0, 1); rank, guidance and calls are not negative")
+        for name in ("lr", "rank", "guidance", "calls", "r1", "detail", "adversarial"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} = {getattr(self, name)}: not negative")
+        if not 0 <= self.ema < 1 or not 0 < self.width <= 1:
+            raise InputError(f"ema = {self.ema}, width = {self.width}: ema in [0, 1), width above 0 and at most 1")
         if self.calls % self.steps:
             raise InputError(f"calls = {self.calls}: a multiple of the student's {self.steps} steps")
+        if method.once and self.steps != 1:
+            raise InputError(f"steps = {self.steps}: students of {self.method} sample in one call, steps = 1")
+        if self.rank and method.whole:
+            raise InputError(f"rank = {self.rank}: {self.method} changes the network itself, so it trains all weights")
 
     @property
     def teacher_calls(self) -> int:
@@ -59,3 +80,10 @@ class Settings:
         from sfumato.distillation.methods import METHODS
 
         return self.rank or METHODS[self.method].rank
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        from sfumato.distillation.methods import METHODS
+
+        return self.lr or METHODS[self.method].lr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.acceleration.engines import Positional, exported
 from sfumato.codecs import Identity
 from sfumato.core import InputError
 from sfumato.files import write_atomically
@@ -82,18 +82,6 @@ def _comfyui(pipeline: Pipeline | None, folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------------ ONNX
 
 
-class _Positional(nn.Module):
-    """A network whose conditions are arguments in order, as ONNX wants them."""
-
-    def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.net, self.names = net, names
-
-    def forward(self, x: Tensor, label: Tensor, *conditions: Tensor) -> Tensor:
-        """The network's output."""
-        return self.net(x, label, **dict(zip(self.names, conditions, strict=True)))  # type: ignore[no-any-return]
-
-
 class _Calls(nn.Module):
     """One method of a module as a module."""
 
@@ -113,7 +101,7 @@ def _onnx(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     conditions = pipeline.conditions(n)
     x = torch.randn(n, *pipeline.codec.shape(*pipeline.size), generator=torch.Generator().manual_seed(0))
     label = pipeline.denoiser._label(0.5, x)
-    net = _Positional(pipeline.denoiser.net, tuple(conditions)).eval()
+    net = Positional(pipeline.denoiser.net, tuple(conditions)).eval()
     inputs = {"x": x, "label": label, **{k: v.contiguous() for k, v in conditions.items()}}
     made = {"denoiser": _exported(net, inputs, "prediction", folder / "denoiser.onnx")}
     if not isinstance(pipeline.codec, Identity):
@@ -129,15 +117,7 @@ def _onnx(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
 def _exported(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> tuple[Any, float | None]:
     """Write one graph, its batch size free where the code allows: (batch, the greatest difference from PyTorch in
     units of the output's greatest value)."""
-    batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    free = tuple({0: batch} for _ in inputs)
-    shapes: Any = (*free[:2], free[2:]) if isinstance(module, _Positional) else free
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        program: Any = torch.onnx.export(
-            module, tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs), output_names=[output],
-            dynamic_shapes=shapes, optimize=True,
-        )  # fmt: skip
+    program = exported(module, inputs, output)
     program.save(str(path), external_data=False)
     size = program.model.graph.inputs[0].shape[0]
     fixed = isinstance(size, int)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,15 @@ from sfumato.codecs import Identity
 from sfumato.conditioners import Unconditional
 from sfumato.core import Grid, Guidance, InputError, Posterior, Solver
 from sfumato.denoisers import parametrized
+from sfumato.files import write_atomically
 from sfumato.interop._needs import need
 from sfumato.interop.autoencoders import Autoencoder
 from sfumato.interop.conditions import Prompts, follows_instructions
-from sfumato.interop.law import Clipped, Law, Schedule
+from sfumato.interop.law import KINDS, Clipped, Law, Schedule
 from sfumato.interop.networks import Flux, Network, network
 from sfumato.pipeline import Pipeline
+
+TOLD = ("solver", "grid", "steps", "guidance", "size", "card")  # of a student: what its diffusers pipeline does not say
 
 
 @dataclass
@@ -61,9 +66,36 @@ class Imported(Pipeline):
             self.source.scheduler, _options(self.source, self.denoiser.net, self.codec, size or self.size)
         ).schedule
 
-    def save(self, path: str | Path) -> Path:
-        """Refused: what came from diffusers is kept by diffusers (``source.save_pretrained(path)``)."""
-        raise InputError("a pipeline from diffusers is saved by diffusers: pipeline.source.save_pretrained(path)")
+    def taught(self, denoiser: Any, **fields: Any) -> Imported:
+        """The same pipeline with a student of its model in it; so is ``source``, whose scheduler is the student's sampler."""
+        made = dataclasses.replace(self, denoiser=denoiser, law=None, **fields)
+        if callable(self.source):
+            from sfumato.interop.scheduler import as_diffusers_scheduler
+
+            kinds = {ours: theirs for theirs, ours in KINDS.items()}
+            config = {k: v for k, v in self.source.scheduler.config.items() if not k.startswith("_")}
+            like = {**config, "_class_name": type(self.source.scheduler).__name__}
+            like |= {name: False for name in ("clip_sample", "thresholding") if name in config}
+            like |= {"prediction_type": kinds[denoiser.predicts]} if "prediction_type" in config else {}
+            name = "unet" if "unet" in self.source.components else "transformer"
+            parts = {
+                name: denoiser.net.model,
+                "scheduler": as_diffusers_scheduler(made.solver, made.grid, like=like),
+            }
+            made.source = type(self.source)(**{**self.source.components, **parts})
+        return made
+
+    def save(self, path: str | Path, **options: Any) -> Path:
+        """A student (:meth:`taught`) as a diffusers pipeline, with ``sfumato.json`` for what that does not say.
+
+        Anything else is refused: what came from diffusers is kept by diffusers, ``source.save_pretrained(path)``.
+        """
+        if not callable(self.source) or type(getattr(self.source, "scheduler", None)).__name__ != "SolverScheduler":
+            raise InputError("a pipeline from diffusers is saved by diffusers: pipeline.source.save_pretrained(path)")
+        self.source.save_pretrained(str(path), safe_serialization=True)
+        told = {name: getattr(self, name) for name in TOLD}
+        write_atomically(Path(path) / "sfumato.json", json.dumps(told, indent=1).encode())
+        return Path(path)
 
 
 def from_diffusers(
@@ -88,7 +120,7 @@ def from_diffusers(
     Nothing is downloaded and nothing unpickled: a folder holds safetensors. The model is shared with ``source``, not
     copied.
     """
-    pipe = _loaded(source)
+    given, pipe = source, _loaded(source)
     if type(pipe).__name__ == "SfumatoPipeline":
         return pipe.pipeline()  # type: ignore[no-any-return]
     model = pipe if isinstance(pipe, nn.Module) else _denoising(pipe)
@@ -100,18 +132,30 @@ def from_diffusers(
     net = network(model.eval(), getattr(source, "controlnet", None), control_strength)
     codec = _codec(source, net)
     _fits(net, codec)
-    size = size or _size(source, net, codec)
+    asked, size = size, size or _size(source, net, codec)
     law = Law.of(read, _options(source, net, codec, size))
     _variance(net, read)
     conditioner = Prompts(source, net, codec, size) if net.accepts else Unconditional()
     null = conditioner.null() if isinstance(conditioner, Prompts) else {}
     denoiser = parametrized(net.eval(), law.process, law.predicts, law.label, null, law.data_std)
     defaults = _defaults(source)
-    return Imported(
+    made = Imported(
         denoiser, codec, conditioner, size, solver or law.solver, grid or law.schedule, defaults.get("num_inference_steps", 20),
         _guidance(source, net, defaults) if null else 1.0,
         _card(source, read), law, source,
     )  # fmt: skip
+    return dataclasses.replace(made, **_told(given, solver, grid, asked))
+
+
+def _told(given: Any, solver: Any, grid: Any, size: Any) -> dict[str, Any]:
+    """What the folder of a student says beside diffusers, but for what the caller says otherwise."""
+    file = Path(given) / "sfumato.json" if isinstance(given, (str, Path)) else None
+    if file is None or not file.is_file():
+        return {}
+    told = json.loads(file.read_text("utf-8"))
+    told["size"] = tuple(told["size"])
+    said = {"solver": solver, "grid": grid, "size": size}
+    return {name: told[name] for name in TOLD if said.get(name) is None}
 
 
 class _Alone:

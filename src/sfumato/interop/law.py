@@ -13,7 +13,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -83,6 +83,10 @@ class Law:
         Raises InputError, with the reason, for what is not a Gaussian law of a known prediction.
         """
         config, name = scheduler.config, type(scheduler).__name__
+        if name == "SolverScheduler":  # ours, for a model whose law it has read
+            own: Law = scheduler.law
+            schedule = Schedule(scheduler, own.process, own.label, own.time, options)
+            return replace(own, schedule=schedule, solver=str(config["solver"]))
         _refuse(name, config)
         kind = KINDS.get(config.get("prediction_type", "epsilon"))
         n = config.get("num_train_timesteps", 1000)

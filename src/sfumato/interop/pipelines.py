@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import codecs, conditioners, networks, processes
-from sfumato.core import Context, InputError, Streams
+from sfumato.core import Context, InputError, Streams, mix
 from sfumato.denoisers import parametrized
 from sfumato.files import write_atomically
 from sfumato.guidance import cfg
 from sfumato.interop._needs import need
-from sfumato.interop.scheduler import SolverScheduler, as_diffusers_scheduler
+from sfumato.interop.scheduler import SolverScheduler, as_diffusers_scheduler, streams_of
 from sfumato.pipeline import Pipeline
 
 diffusers = need("diffusers")
@@ -115,12 +115,22 @@ class SfumatoPipeline(DiffusionPipeline):
         denoiser = own.denoiser if scale == 1 else cfg(float(scale))(own.denoiser)
         x = self._start(own, n, generator, seed, latents)
         self.scheduler.set_timesteps(num_inference_steps or own.steps)
-        ctx = Context(cond=conditions, batch=n)
+        ctx = Context(cond=conditions, rng=self._drawing(own, n, generator, seed), batch=n)
         for t in self.progress_bar(self.scheduler.timesteps):
             out = denoiser(self.scheduler.scale_model_input(x, t), float(t), ctx).native
             x = self.scheduler.step(out, t, x).prev_sample
         images = self._shown(own, x, output_type)
         return diffusers.ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _drawing(self, own: Pipeline, n: int, generator: Any, seed: Any) -> Streams | None:
+        """Streams for a network that draws a latent at each call."""
+        if not own.denoiser.draws:
+            return None
+        return (
+            streams_of(generator, n)
+            if seed is None
+            else Streams.of([mix(int(s[0]), s[1], 1) for s in Streams.of(seed, n).seeds], n)
+        )
 
     def _start(self, own: Pipeline, n: int, generator: Any, seed: Any, latents: Tensor | None) -> Tensor:
         from diffusers.utils.torch_utils import randn_tensor

@@ -224,7 +224,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     def _begun(self, x: Tensor, generator: Any) -> Replay:
         if self._index not in self._beginnings:
             raise InputError(f"a run cannot begin at call {self._index}: steps begin at {sorted(self._beginnings)}")
-        streams = _streams(generator, len(x)) if self.solver.stochastic else None
+        streams = streams_of(generator, len(x)) if self.solver.stochastic else None
         first = self._beginnings[self._index]
         return Replay(self.solver, self.law.process, self._times, x, streams, first, self._total)
 
@@ -298,7 +298,7 @@ def _same(t: Any) -> Any:
     return t
 
 
-def _streams(generator: Any, n: int) -> Streams:
+def streams_of(generator: Any, n: int) -> Streams:
     """One stream an item; a draw of the generator seeds them, so that it moves on as it does in diffusers."""
     if isinstance(generator, (list, tuple)) and len(generator) == n:
         return Streams.of([_seed(g) for g in generator], n)

@@ -20,7 +20,7 @@ from sfumato.networks.encoders import (
     perceptual_distance,
 )
 from sfumato.networks.flexdit import FlexDiT, inherit
-from sfumato.networks.latent import LatentNetwork
+from sfumato.networks.latent import LatentNetwork, with_latent
 from sfumato.networks.mlp import MLP
 from sfumato.networks.subspace import SubspaceScore
 from sfumato.networks.text import EmbeddingTable, SentenceEncoder, TextFeatures
@@ -29,5 +29,5 @@ from sfumato.networks.unet import UNet
 __all__ = [
     "MLP", "AutoencoderKL", "ConditionAligner", "ConvEncoder", "DiT", "DualEncoder", "EmbeddingTable", "FeatureCritic", "FeatureExtractor", "FlexDiT",
     "LatentNetwork", "Moments", "PairCritic", "PatchDiscriminator", "SentenceEncoder", "SubspaceScore", "TextFeatures", "TextTower", "UNet", "ViTEncoder",
-    "as_network", "build", "configured", "inherit", "names", "perceptual_distance", "register",
+    "as_network", "build", "configured", "inherit", "names", "perceptual_distance", "register", "with_latent",
 ]  # fmt: skip

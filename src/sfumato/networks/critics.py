@@ -19,8 +19,8 @@ from sfumato.networks.layers import group_norm, zero
 class PairCritic(nn.Module):
     """Is the cleaner state of a pair a real predecessor of the noisier one? Logits (B,), large for real.
 
-    forward(low (B, C, *), high (B, C, *), label (B,)): `net` sees both along the channels, and the mean of its output
-    is the logit.
+    forward(low (B, C, *), high (B, C, *), label (B,), **cond): `net` sees both along the channels, and the mean of its
+    output is the logit. The conditions are those of `net`, named in `accepts`.
 
     net  a network of 2 C channels, or {"name": ..., "config": ...} of one
 
@@ -30,11 +30,12 @@ class PairCritic(nn.Module):
     def __init__(self, net: nn.Module | Mapping[str, Any]) -> None:
         super().__init__()
         self.net = as_network(net)
+        self.accepts: frozenset[str] = frozenset(getattr(self.net, "accepts", ()))
 
-    def forward(self, low: Tensor, high: Tensor, label: Tensor) -> Tensor:
+    def forward(self, low: Tensor, high: Tensor, label: Tensor, **cond: Any) -> Tensor:
         if low.shape != high.shape:
             raise InputError(f"the states of a pair are {tuple(low.shape)} and {tuple(high.shape)}: they must be alike")
-        return self.net(torch.cat([low, high], 1), label).flatten(1).mean(1)  # type: ignore[no-any-return]
+        return self.net(torch.cat([low, high], 1), label, **cond).flatten(1).mean(1)  # type: ignore[no-any-return]
 
 
 class Head(nn.Module):

@@ -11,7 +11,6 @@ from torch import Tensor
 from sfumato import core, grids, oracles, solvers
 from sfumato.core import Context, mix
 from sfumato.denoisers import parametrized
-from sfumato.denoisers.latent import Latent
 from sfumato.networks import MLP, LatentNetwork, PairCritic
 from sfumato.objectives import Denoising
 from sfumato.objectives.distill import DenoisingGAN
@@ -52,7 +51,7 @@ def generator(latent: int, seed: int) -> Any:
     net: Any = MLP(2, width=WIDTH, depth=2, vector_channels=WIDTH if latent else None, octaves=OCTAVES)
     if not latent:
         return parametrized(net, VP(), "x0")
-    return Latent(parametrized(LatentNetwork(net, latent, WIDTH, 2), VP(), "x0"), latent)
+    return parametrized(LatentNetwork(net, latent, WIDTH, 2), VP(), "x0")
 
 
 def adversarial(x: Tensor, steps: int, latent: int, seed: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,20 +39,23 @@ def measured(bed: Bed, data: Tensor, seed: int, **settings: int) -> EmpiricalSta
 
 
 def solvers_with(statistics: EmpiricalStatistics) -> dict[str, tuple[Any, str]]:
-    """The baselines by name, and ours of order 1 and with the published defaults."""
+    """The baselines by name, and ours of order 1 and of order 3 with flags that the publication offers."""
     return BASELINES | {
         "v3, order 1": (DPMSolverV3(statistics, order=1), plots.ACCENT),
-        "v3, order 3": (DPMSolverV3(statistics, order=3, corrector=True, taper=True), plots.ACCENT),
+        "v3, order 3": (DPMSolverV3(statistics, 3, "same", pseudo=True, taper=True), plots.ACCENT),
     }
 
 
-def ratios(bed: Bed, solvers: dict[str, tuple[Any, str]]) -> tuple[tuple[float, float], float]:
-    """The errors (v3, DDIM) of order 1 where v3 fares worst, and the mean over few calls of order 3 over the best baseline."""
-    error = {(name, n): bed.error(s, n, "logsnr") for name, (s, _) in solvers.items() for n in CALLS}
-    worst = max(CALLS, key=lambda n: error["v3, order 1", n] / error["DDIM", n])
-    best = [min(error[name, n] for name in BASELINES if name != "DDIM") for n in FEW]
-    mean = sum(error["v3, order 3", n] / b for n, b in zip(FEW, best, strict=True)) / len(FEW)
-    return (error["v3, order 1", worst], error["DDIM", worst]), mean
+def over_best(bed: Bed, made: Callable[[int], DPMSolverV3]) -> float:
+    """The mean over few calls of our error, with the solver made for so many, over that of the best baseline but DDIM."""
+    best = [min(bed.error(s, n, "logsnr") for name, (s, _) in BASELINES.items() if name != "DDIM") for n in FEW]
+    return sum(bed.error(made(n), n, "logsnr") / b for n, b in zip(FEW, best, strict=True)) / len(FEW)
+
+
+def worst(bed: Bed, first: DPMSolverV3) -> tuple[float, float]:
+    """The errors (v3, DDIM) of order 1 where v3 fares worst."""
+    pairs = [(bed.error(first, n, "logsnr"), bed.error("ddim", n, "logsnr")) for n in CALLS]
+    return max(pairs, key=lambda pair: pair[0] / pair[1])
 
 
 def difference(one: EmpiricalStatistics, other: EmpiricalStatistics) -> dict[str, float]:
@@ -99,12 +104,13 @@ def dpm_solver_v3(seed: int) -> Findings:
     bed, net, x = exact(seed, 1, fine=200), network(seed, 2, 128), digits().x
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(mix(seed, 3) % 2**32))
     halves = [measured(bed, x[part].double(), seed, levels=40, probes=4) for part in order[:1792].chunk(2)]
-    known = order[order < 1500][:256]
-    learned = measured(net, x[known].reshape(-1, 1, 8, 8), seed, levels=24, probes=2)
+    known = order[order < 1500][:128]
+    learned = measured(net, x[known].reshape(-1, 1, 8, 8), seed, levels=40, probes=1)
     used = {"bundled network": (net, solvers_with(learned)), "exact belief of digits": (bed, solvers_with(halves[0]))}
     checks, means = [], {}
     for name, (one, solvers) in used.items():
-        (ours, ddim), means[name] = ratios(one, solvers)
+        means[name] = over_best(one, lambda n, third=solvers["v3, order 3"][0]: third)  # type: ignore[misc]
+        ours, ddim = worst(one, solvers["v3, order 1"][0])
         checks.append(Check(f"{name}: order 1 against DDIM, worst of 5 to 20 calls", ours, ddim, "ours < baseline"))
     checks.append(
         Check(
@@ -128,11 +134,13 @@ def dpm_solver_v3(seed: int) -> Findings:
     return Findings(
         checks,
         nfe=10,
-        data=f"{DATA}; statistics on 896 of them and on 256 that the network learned from; 256 and 128 starts",
+        data=f"{DATA}; statistics on 896 of them and on 128 that the network learned from; 256 and 128 starts",
         model="exact belief under VP, t from 1 to 0.001; bundled digits network, unconditional",
         notes=f"Order 3 over the best baseline with the exact belief: {means['exact belief of digits']:.2f}. The halves differ by "
         + ", ".join(f"{name} {value:.1%}" for name, value in apart.items())
-        + ". One diagonal l cannot describe the Jacobian of a multimodal law, so the first-order gain need not carry over to higher "
-        "orders; the published 'pseudo' derivatives are not built. Statistics: 40 levels and 4 probes (exact), 24 and 2 (network).",
+        + f". Order 3: pseudo derivatives, a corrector of the same order and a falling order at the end, chosen on seeds 100 and "
+        f"101; with flags that change with the number of steps as published it is {over_best(net, partial(DPMSolverV3.published, learned)):.2f} (network): its "
+        "first beliefs carry errors that sigma / alpha = 150 magnifies, and exact third-order extrapolation amplifies them. "
+        "Statistics: 40 levels, 4 probes (exact) and 1 (network).",
         picture=picture(used, learned),
     )

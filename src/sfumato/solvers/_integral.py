@@ -105,7 +105,8 @@ def weights(
     Exact for readings that are polynomials of degree < len(nodes) in ``variable``. ``eta`` is the share of the reverse
     SDE's noise (0: the flow, 1: the SDE), whose std is :func:`noise_std`. ``rule`` 'midpoint' looks at the polynomial of
     two nodes in the middle of the step only (DPM-Solver++ 2M and UniPC as released); 'released' also halves the second
-    difference of three nodes (3M as released). At sigma_s = 0 ('noise': alpha_s = 0) the weight of the integral
+    difference of three nodes (3M as released); 'pseudo' takes each derivative at the first node from the fewest nodes, k! times
+    the divided difference of the first k + 1, as DPM-Solver-v3 may (order 2 from three nodes on). At sigma_s = 0 ('noise': alpha_s = 0) the weight of the integral
     concentrates at the end, so the polynomial is extrapolated there; nodes whose variable is infinite, or that repeat a
     newer one, are passed over. Host floats, pure and cached. Raises InputError where the form divides by 0 at t.
     """
@@ -119,7 +120,7 @@ def weights(
     keep = [j for j, y in enumerate(places) if math.isfinite(y) and y not in places[:j]] or [0]
     out = [0.0] * len(nodes)
     if len(keep) > 1:
-        if len(keep) == 2 and rule != "exact" and math.isfinite(a.lam) and math.isfinite(b.lam):
+        if len(keep) == 2 and rule in ("midpoint", "released") and math.isfinite(a.lam) and math.isfinite(b.lam):
             at = [(_place(process, variable, (a.lam + b.lam) / 2), total)]
         else:
             at = _points(process, form, variable, a, b, (t, s), eta, total)
@@ -128,12 +129,30 @@ def weights(
     if len(keep) == 1:
         out[keep[0]] = total
         return (scale, *out)
+    if rule == "pseudo":
+        values = newton([places[j] for j in keep], at)
+        return (scale, *(values[keep.index(j)] if j in keep else 0.0 for j in range(len(nodes))))
     second = math.fsum(w * (y - places[keep[0]]) ** 2 for y, w in at) if rule == "released" and len(keep) == 3 else 0.0
     for j in keep:
         others = [m for m in keep if m != j]
         gaps = math.prod(places[j] - places[m] for m in others)
         out[j] = (math.fsum(w * math.prod(y - places[m] for m in others) for y, w in at) - second / 2) / gaps
     return (scale, *out)
+
+
+def newton(places: list[float], at: list[tuple[float, float]]) -> list[float]:
+    """Weights of the values at these places in the integral of sum_k D_k (y - y_0)^k, D_k the k-th divided difference.
+
+    It is Newton's polynomial with every factor (y - y_m) replaced by the first: what pseudo derivatives amount to.
+    """
+    moments = [math.fsum(w * (y - places[0]) ** k for y, w in at) for k in range(len(places))]
+    return [
+        math.fsum(
+            moments[k] / math.prod(places[j] - y for i, y in enumerate(places[: k + 1]) if i != j)
+            for k in range(j, len(places))
+        )
+        for j in range(len(places))
+    ]
 
 
 def _ends(form: str, a: Any, b: Any, t: float, s: float, eta: float) -> tuple[float, float]:

@@ -24,6 +24,8 @@ class Move:
                the derivative (bh1, bh2, linear, exponential) are functions of the step, hence one number at a given step
     corrector  beliefs through which the state that was reached is mended, the one read there among them; 0: not mended
     again      read the belief again at the mended state (an implicit corrector: one more call)
+    start      from which state: 0 the one reached last, 1 the one before, ... up to 4 (fewer while the history is short)
+    pseudo     derivatives from the fewest beliefs, not from all: see ``rule='pseudo'`` of :func:`weights`
     """
 
     form: str = "data"
@@ -32,6 +34,8 @@ class Move:
     relax: float = 1.0
     corrector: int = 0
     again: bool = False
+    start: int = 0
+    pseudo: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in FORMS or self.variable not in VARIABLES:
@@ -40,6 +44,8 @@ class Move:
             )
         if not (1 <= self.order <= 5 and 0 <= self.corrector <= 5):
             raise InputError(f"order = {self.order} is 1 to 5 and corrector = {self.corrector} is 0 to 5")
+        if not 0 <= self.start <= 4:
+            raise InputError(f"start = {self.start}: the state reached last is 0, and four older ones are kept")
         if self.again and not self.corrector:
             raise InputError("again=True reads the belief at the mended state: it needs a corrector")
 
@@ -72,7 +78,8 @@ class Scheduled(Solver):
     @property
     def order(self) -> int:  # type: ignore[override]
         last = self.moves[-1]
-        return max(last.order if last.relax == 1 else 1, last.corrector)
+        order = max(last.order if last.relax == 1 else 1, last.corrector)
+        return min(order, 2) if last.pseudo else order
 
     @property
     def nfe(self) -> float:  # type: ignore[override]
@@ -98,14 +105,18 @@ class Scheduled(Solver):
         first = self.free and st.index == 0
         post = _nothing(st.x, process.coef(st.t)) if first else denoiser(st.x, st.t, ctx)
         x, before = st.x, self.move(st.index - 1)
-        history = ((st.t, post), *past)[:5]
+        history = ((st.t, post, x), *past)[:5]
         if base is not None and before.corrector and not divides_by_zero(before.form, process.coef(base[1])):
-            x = _advance(process, before, 1.0, base[0], base[1], st.t, history[: before.corrector])
-            if before.again:
-                history = ((st.t, denoiser(x, st.t, ctx)), *past)[:5]
+            nodes = history[: before.corrector]
+            if before.pseudo:  # derivatives are those at the state that the step left
+                nodes = tuple(sorted(nodes, key=lambda known: known[0] != base[1]))
+            x = _advance(process, before, 1.0, base[0], base[1], st.t, nodes)
+            post = denoiser(x, st.t, ctx) if before.again else post
+            history = ((st.t, post, x), *past)[:5]
         move = self.move(st.index)
-        reached = _advance(process, move, move.relax, x, st.t, s, history[: move.order])
-        return Step(reached, s, (history, (x, st.t)))
+        begun, _, left = history[min(move.start, len(history) - 1)]
+        reached = _advance(process, move, move.relax, left, begun, s, history[: move.order])
+        return Step(reached, s, (history, (left, begun)))
 
 
 def _move(numbers: Any) -> Move:
@@ -124,19 +135,21 @@ def _nothing(x: Any, c: Any) -> Posterior:
 
 
 def _advance(process: Any, move: Move, relax: float, x: Any, t: Times, s: Times, history: Any) -> Any:
-    """From (x, t) to s by the polynomial through these beliefs, newest first."""
+    """From (x, t) to s by the polynomial through these beliefs: (time, belief, state), newest first."""
     if divides_by_zero(move.form, process.coef(t)):
         b = process.coef(s)
         return history[0][1].at(b.alpha, b.sigma)
-    scale, *w = process.weights(_asked(move.form, move.variable, relax), t, s, *(u for u, _ in history))
-    terms = [v for wj, (_, post) in zip(w, history, strict=True) for v in (wj, reading(post, move.form))]
+    scale, *w = process.weights(_asked(move.form, move.variable, relax, move.pseudo), t, s, *(u for u, *_ in history))
+    terms = [v for wj, (_, post, _) in zip(w, history, strict=True) for v in (wj, reading(post, move.form))]
     return linear(scale, x, *terms)
 
 
 @lru_cache
-def _asked(form: str, variable: str, relax: float) -> Any:
+def _asked(form: str, variable: str, relax: float, pseudo: bool) -> Any:
+    rule = "pseudo" if pseudo else "exact"
+
     def ask(process: Any, t: float, s: float, *nodes: float) -> tuple[float, ...]:
-        scale, *w = weights(process, form, variable, t, s, nodes)
+        scale, *w = weights(process, form, variable, t, s, nodes, 0.0, rule)
         rest = [relax * v for v in w[1:]]
         return (scale, sum(w) - sum(rest), *rest)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import grids, solvers
+from sfumato.acceleration.keeping import digest
 from sfumato.core import Denoiser, Grid, InputError, Solver
 from sfumato.files import write_atomically
 from sfumato.solvers.empirical import DPMSolverV3, EmpiricalStatistics
@@ -28,16 +29,11 @@ def fingerprint(denoiser: nn.Module) -> str:
 
     Guidance is not part of it: give the denoiser without.
     """
-    digest = hashlib.sha256(repr(getattr(denoiser, "process", None)).encode())
-    digest.update(str(getattr(denoiser, "predicts", type(denoiser).__name__)).encode())
+    facts = repr(getattr(denoiser, "process", None)), str(getattr(denoiser, "predicts", type(denoiser).__name__))
     tensors = dict(denoiser.state_dict())
     held = getattr(denoiser, "distribution", None)
     tensors |= {k: v for k, v in vars(held).items() if isinstance(v, Tensor)} if held is not None else {}
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest(facts, tensors)
 
 
 def _scheduled(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> Solver:
@@ -77,7 +73,7 @@ def described(solver: Solver | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "rows": rows
         }
     if isinstance(solver, DPMSolverV3) and solver.statistics is not None:
-        numbers = {name: getattr(solver, name) for name in ("order", "corrector", "taper")}
+        numbers = {name: getattr(solver, name) for name in ("order", "corrector", "pseudo", "taper")}
         return {"name": "dpm-solver-v3", **numbers}, {name: getattr(solver.statistics, name) for name in STATISTICS}
     raise InputError(
         f"a card keeps a solver as a spec such as 'dpm-solver++(order=3)', not as a {type(solver).__name__}"

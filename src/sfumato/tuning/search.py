@@ -50,8 +50,8 @@ class StrategySpace:
     """USF's space of schedules of ``nfe`` calls on a process, and its search operators.
 
     Times move in lambda by ``jitter`` of the gap to their neighbours (the publication moves them by N(0, 0.03^2) in t,
-    which fits one clock only), or all of them are warped; order, form, variable, relaxation and corrector are redrawn with
-    probability ``rate`` each. ``free``: schedules may save the first call. ``low`` and ``high`` bound lambda at the inner
+    which fits one clock only), or all of them are warped; order, form, variable, start, derivatives, relaxation and corrector
+    are redrawn with probability ``rate`` each. ``free``: schedules may save the first call. ``low`` and ``high`` bound lambda at the inner
     times.
     """
 
@@ -143,6 +143,7 @@ class StrategySpace:
         for i in range(steps):
             m = one.moves[min(i, len(one.moves) - 1)]
             out += [lams[min(i, len(lams) - 1)], float(m.order), m.relax, float(m.corrector)]
+            out += [float(m.start), float(m.pseudo)]
             out += [float(m.form == f) for f in FORMS] + [float(m.variable == v) for v in VARIABLES]
         return out
 
@@ -158,6 +159,8 @@ class StrategySpace:
             m = replace(m, variable=draw.choice(VARIABLES))
         if now():
             m = replace(m, relax=round(min(max(m.relax + draw.gauss(0, 0.2), 0.0), 2.0), 3))
+        if now():
+            m = replace(m, start=draw.choices((0, 1), (0.85, 0.15))[0], pseudo=draw.random() < 0.3)
         if now():
             m = replace(m, corrector=draw.choices((0, 2, 3, 4), (0.55, 0.15, 0.2, 0.1))[0])
         return m

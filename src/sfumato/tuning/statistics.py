@@ -29,8 +29,10 @@ def estimate(
 
     l = E[diag(sigma d eps / d x)], by Hutchinson's estimator v * (J^T v) with v = +-1 (``probes`` a data point), smoothed
     over five levels, and with f = e^(-lambda) eps - l x / alpha and f' its derivative along the flow (central
-    differences in lambda): s = Cov(f, f') / Var(f) and b = E[f'] - s E[f], coordinate by coordinate. Where f hardly varies
-    (a constant border, Gaussian data) s = 0. The guidance of the run belongs into ``denoiser``. ``cond`` has one entry a data point.
+    differences in lambda): s = Cov(f, f') / Var(f) and b = E[f'] - s E[f], coordinate by coordinate. Where alpha is small, f
+    is mostly the network's own error, sigma / alpha times that of eps, and s about -1. Where f does not vary (a constant
+    border, Gaussian data) s falls to 0: l, a straight line between levels, is off by up to (step of lambda)^2 / 20, and that
+    share of the state's variance is taken off f's. The guidance of the run belongs into ``denoiser``. ``cond`` has one entry a data point.
     Raises InputError where the process does not reach these levels. Source: Zheng, Lu, Chen, Zhu, 2023 (the optimum);
     the estimators are ours.
     """
@@ -58,8 +60,7 @@ def estimate(
     l = torch.stack([_diagonal(eps, data, noise, signs, float(lam), parts) for lam in lams])  # noqa: E741
     l = _smoothed(l)  # noqa: E741
     plain = EmpiricalStatistics(lams, l, torch.zeros_like(l), torch.zeros_like(l))
-    step = 0.25 * float(lams[1] - lams[0])
-    slopes, offsets = zip(*[_affine(eps, data, noise, plain, float(lam), step, parts) for lam in lams], strict=True)
+    slopes, offsets = zip(*[_affine(eps, data, noise, plain, float(lam), parts) for lam in lams], strict=True)
     return EmpiricalStatistics(lams, l, torch.stack(slopes), torch.stack(offsets))
 
 
@@ -79,11 +80,12 @@ def _diagonal(eps: Any, data: Tensor, noise: Tensor, signs: list[Tensor], lam: f
 
 @torch.no_grad()
 def _affine(
-    eps: Any, data: Tensor, noise: Tensor, plain: EmpiricalStatistics, lam: float, step: float, parts: list[slice]
+    eps: Any, data: Tensor, noise: Tensor, plain: EmpiricalStatistics, lam: float, parts: list[slice]
 ) -> tuple[Tensor, Tensor]:
     """The best s and b of df/dlambda = s f + b along the flow dy/dlambda = -e^(-lambda) eps."""
     rho = float(torch.exp(torch.tensor(-lam, dtype=torch.float64)))
-    here, slope, whole = [], [], []
+    spacing = float(plain.lams[1] - plain.lams[0])
+    step, here, slope, whole = spacing / 4, [], [], []
     for rows, sign in [
         (rows, sign) for rows in parts for sign in (1.0, -1.0)
     ]:  # pairs of opposite noise: odd errors cancel
@@ -97,14 +99,14 @@ def _affine(
             )
 
         here.append(f(y, lam))
-        whole.append(move.double())
+        whole.append(y.double())
         slope.append((f(y + step * move, lam + step) - f(y - step * move, lam - step)) / (2 * step))
     value, rate = torch.cat(here), torch.cat(slope)
     mean, mean_rate = value.mean(0), rate.mean(0)
     variance = (value - mean).square().mean(0)
     covariance = ((value - mean) * (rate - mean_rate)).mean(0)
-    flat = variance < 1e-3 * torch.cat(whole).var(0, unbiased=False).clamp(min=1e-30)
-    s = torch.where(flat, torch.zeros_like(mean), covariance / variance.clamp(min=1e-30))
+    error = (spacing**2 / 20) ** 2 * torch.cat(whole).var(0, unbiased=False)
+    s = covariance / variance.clamp(min=1e-30) * (1 - error / variance.clamp(min=1e-30)).clamp(min=0)
     return s, mean_rate - s * mean
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from sfumato.core.errors import InputError, SfumatoError
-from sfumato.files import write_atomically
+from sfumato.files import cache_folder, write_atomically
 from sfumato.zoo.emoji import CELL, COLUMNS, SHEET, VENDORS
-from sfumato.zoo.packages import cache_folder, npm_package
+from sfumato.zoo.packages import npm_package
 
 ROUNDING = {"fluent": 3}
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfumato.files import cache_folder
 from sfumato.networks import EmbeddingTable, SentenceEncoder
 from sfumato.zoo.emoji import EmojiSet, load
-from sfumato.zoo.sets import cache_folder
 
 TOKENS = 16
 TABLE = "emoji-captions.safetensors"

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sfumato.core import mix
 from sfumato.core.errors import InputError, MissingExtra, UnknownName
-from sfumato.zoo.packages import cache_folder, check, new_folder, run
+from sfumato.files import cache_folder
+from sfumato.zoo.packages import check, new_folder, run
 from sfumato.zoo.sets import MissingDataset
 
 SIDE, FILLED = 32, 0.5  # pixels a side; the least share of a patch that is brain

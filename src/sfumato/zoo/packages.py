@@ -14,11 +14,6 @@ from pathlib import Path
 from sfumato.core.errors import InputError, SfumatoError
 
 
-def cache_folder() -> Path:
-    """Where fetched data is kept: ``$SFUMATO_CACHE``, else ``~/.cache/sfumato``."""
-    return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato").expanduser()
-
-
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well and vanishes when it does not. InputError if

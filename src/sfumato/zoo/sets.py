@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from sfumato.core.errors import InputError, SfumatoError, UnknownName
-from sfumato.files import write_atomically
+from sfumato.files import cache_folder, write_atomically
 from sfumato.zoo import digits
-from sfumato.zoo.packages import cache_folder, check, new_folder, npm_package, run
+from sfumato.zoo.packages import check, new_folder, npm_package, run
 
 
 class MissingDataset(SfumatoError, FileNotFoundError):

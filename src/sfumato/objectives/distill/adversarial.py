@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sfumato.core import Context, Denoiser, InputError, Loss, Objective
 from sfumato.objectives.distill._common import falling, one_of
+
+
+def _differentiable(twice: bool) -> AbstractContextManager[None]:
+    """Attention by plain products where a gradient of its gradient is wanted: fused kernels have none."""
+    return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
 
 
 class DenoisingGAN(Objective):
@@ -20,8 +27,9 @@ class DenoisingGAN(Objective):
     generator's x0. The critic learns softplus(-C(real)) + softplus(C(generated)), every ``lazy`` iterations with
     r1 / 2 |d C / d x_s|^2 of the real ones beside it; the generator softplus(-C(generated)).
 
-    generator  a Denoiser whose x0 is a draw, see :class:`sfumato.denoisers.latent.Latent`; player 'generator'
-    critic     (x_s, x_t, label (B,)) -> (B,) or (B, 1), the label being t; player 'critic'
+    generator  a Denoiser whose x0 is a draw, as that of a network with ``draws`` is; player 'generator'
+    critic     (x_s, x_t, label (B,), **cond) -> (B,) or (B, 1), the label being t, told those conditions of the batch that it
+               names in ``accepts``; player 'critic'
     times      t_0 > ... > t_K: K steps. Published: equal steps of VP(0.1, 20) from 1 to 0.001
     regress    weight of |x0' - x0|^2 beside it, 0 as published
 
@@ -63,18 +71,19 @@ class DenoisingGAN(Objective):
             post = self.generator(high, t, ctx.fork("generator"))
             made = process.kernel(high, post, t, s).draw(ctx.draw(process.space, x0))
         if player == "critic":
-            return self._judged(low, made, high, t, ctx.run.step)
-        fool = F.softplus(-self._says(made, high, t)).mean()
+            return self._judged(low, made, high, t, ctx)
+        fool = F.softplus(-self._says(made, high, t, ctx)).mean()
         if not self.regress:
             return Loss(fool, {"fool": fool.detach()})
         error = (post.mean - x0).square().mean()
         return Loss(fool + self.regress * error, {"fool": fool.detach(), "error": error.detach()})
 
-    def _judged(self, low: Tensor, made: Tensor, high: Tensor, t: Tensor, it: int) -> Loss:
-        penalised = bool(self.r1) and it % self.lazy == 0 and torch.is_grad_enabled()
+    def _judged(self, low: Tensor, made: Tensor, high: Tensor, t: Tensor, ctx: Context) -> Loss:
+        penalised = bool(self.r1) and ctx.run.step % self.lazy == 0 and torch.is_grad_enabled()
         low = low.detach().requires_grad_(penalised)
-        real = self._says(low, high, t)
-        loss = F.softplus(-real).mean() + F.softplus(self._says(made, high, t)).mean()
+        with _differentiable(penalised):
+            real = self._says(low, high, t, ctx)
+        loss = F.softplus(-real).mean() + F.softplus(self._says(made, high, t, ctx)).mean()
         terms = {"critic": loss.detach()}
         if penalised:
             (slope,) = torch.autograd.grad(real.sum(), low, create_graph=True)
@@ -83,5 +92,6 @@ class DenoisingGAN(Objective):
             loss = loss + 0.5 * self.r1 * penalty
         return Loss(loss, terms)
 
-    def _says(self, low: Tensor, high: Tensor, t: Tensor) -> Tensor:
-        return self.critic(low, high, t.to(low)).flatten()  # type: ignore[no-any-return]
+    def _says(self, low: Tensor, high: Tensor, t: Tensor, ctx: Context) -> Tensor:
+        told = {k: v for k, v in ctx.cond.items() if k in getattr(self.critic, "accepts", ())}
+        return self.critic(low, high, t.to(low), **told).flatten()  # type: ignore[no-any-return]

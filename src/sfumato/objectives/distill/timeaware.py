@@ -115,7 +115,7 @@ class TimeAware(Objective):
         state = self.teacher.process.corrupt(x, t, ctx, noise=noise)[0]
         teacher: Any = self.teacher
         _, maps = features.features(teacher, state, t, ctx.fork("teacher", look=True), self.paths)
-        return [maps[path] for path in self.paths]
+        return [features.as_maps(maps[path], x) for path in self.paths]
 
     @torch.no_grad()
     def _pair(self, batch: Mapping[str, Any], ctx: Context, wanted: bool) -> tuple[Tensor, Tensor]:
