@@ -24,7 +24,7 @@ QUICK = (
 
 
 def test_a_student_is_a_model_with_a_card(run, models, tmp_path):
-    found = run("distill", models / "styled", "--steps", 2, "--out", "fast", *QUICK, "--scores", "--json").record
+    found = run("distill", models / "styled", "--steps", 2, "--out", "fast", *QUICK, "--json").record
     assert found["pipeline"] == "fast/pipeline" and found["card"]["method"] == "segments"
     assert set(found["card"]["scores"]["median distance to the teacher's end"]) == {
         "student", "teacher with ddim at as many steps",

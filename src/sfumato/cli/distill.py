@@ -41,8 +41,9 @@ def distill(
         typer.Option("--prompt", help="What the student shall know; may be repeated. Default: all the model knows."),
     ] = None,
     scores: Annotated[
-        bool, typer.Option("--scores", help="Measure the distance to the teacher's fine ends, for the card.")
-    ] = False,
+        bool,
+        typer.Option("--scores/--no-scores", help="Measure for the card how near the student is to its teacher, or to the data."),
+    ] = True,
     given: Annotated[
         list[str] | None,
         typer.Option(

@@ -36,7 +36,7 @@ def distill(
     cond: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: bool = True,
-    scores: bool = False,
+    scores: bool = True,
     model: str = "",
     cpu: bool = False,
     progress: bool | None = None,
