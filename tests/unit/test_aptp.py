@@ -57,11 +57,56 @@ def call(d, x, cond, t=0.4, taps=()):
         return d(x, t, Context(cond=cond, batch=len(x), taps=tuple(taps))).native
 
 
+def unet():
+    torch.manual_seed(0)
+    net = networks.UNet(2, width=32, multipliers=(1, 2), blocks=1, attention=(False, True), context_channels=12, vector_channels=10)  # fmt: skip
+    for p in net.parameters():
+        p.data = p.data + 0.05 * torch.randn_like(p)
+    null = {"text": 0.0, "text_mask": False, "vector": 0.0}
+    return sf.parametrized(net.eval().requires_grad_(False), processes.Cosine(), "v", null=null)
+
+
+def foreign():
+    """A diffusers U-Net with text."""
+    pytest.importorskip("diffusers")
+    from sfumato.interop import tiny
+
+    pipe = sf.from_diffusers(tiny.pipeline("sd"))
+    cond = pipe.conditions(3, ["a", "b", "c"])
+    return pipe.denoiser.requires_grad_(False), pipe.codec.shape(*pipe.size), cond
+
+
+@pytest.mark.parametrize("kind", ["unet", "diffusers"])
+def test_u_nets_are_cut_to_the_function_and_the_cost_of_their_gates(kind):
+    d, event, cond = (unet(), SHAPE, conditions(3)) if kind == "unet" else foreign()
+    shape = structure(d, event, cond, group=8)
+    x, one = torch.randn(3, *event), {k: v[:1] for k, v in cond.items()}
+    names = {name for block in shape.widths for name in block}
+    assert {"channels", "attention", "cross"} <= names and ("mlp" in names) == (kind == "diffusers")
+    assert not bool(shape.whole.all()) or kind == "unet"
+    whole = operations(lambda: call(d, x[:1], one))
+    assert whole == pytest.approx(2 * shape.total, rel=1e-6)
+    torch.testing.assert_close(call(d, x, cond, taps=gating(shape, torch.ones(3, shape.size))), call(d, x, cond), atol=1e-5, rtol=1e-4)  # fmt: skip
+    before = {k: v.clone() for k, v in d.state_dict().items()}
+    for gates in codes(shape, 3):
+        gates[-len(shape.sites) :][~shape.whole] = 1
+        small = materialize(d, shape, gates)
+        torch.testing.assert_close(call(small, x, cond), call(d, x, cond, taps=gating(shape, gates.expand(3, -1))), atol=1e-4, rtol=1e-3)  # fmt: skip
+        assert operations(lambda: call(small, x[:1], one)) / whole == pytest.approx(float(shape.cost(gates)), abs=1e-6)  # noqa: B023
+    assert all(torch.equal(v, before[k]) for k, v in d.state_dict().items())
+    assert 0.7 < float(shape.cost(by_magnitude(d, shape, 0.8))) <= 0.8
+    if not bool(shape.whole.all()):
+        gates = relaxed(torch.full((2, shape.size), -20.0), shape)
+        assert bool((gates[:, -len(shape.sites) :][:, ~shape.whole].round() == 1).all())
+        with pytest.raises(InputError, match="cannot be left out"):
+            materialize(d, shape, torch.cat([torch.ones(shape.size - len(shape.sites)), torch.zeros(len(shape.sites))]))
+
+
 @pytest.mark.parametrize("modulation", ["shared", "block"])
 @pytest.mark.parametrize("text", [True, False])
 def test_a_cut_network_is_the_gated_one(modulation, text):
     d = denoiser(modulation, text)
-    shape = structure(d, SHAPE, TOKENS if text else 0)
+    shape = structure(d, SHAPE, conditions(1, text))
     x, cond = torch.randn(3, *SHAPE), conditions(3, text)
     before = {k: v.clone() for k, v in d.state_dict().items()}
     for gates in codes(shape, 4):
@@ -72,7 +117,7 @@ def test_a_cut_network_is_the_gated_one(modulation, text):
 
 def test_open_gates_change_nothing_and_items_have_their_own():
     d = denoiser()
-    shape = structure(d, SHAPE, TOKENS)
+    shape = structure(d, SHAPE, conditions(1))
     x, cond = torch.randn(3, *SHAPE), conditions(3)
     torch.testing.assert_close(call(d, x, cond, taps=gating(shape, torch.ones(3, shape.size))), call(d, x, cond))
     gates = codes(shape, 3)
@@ -85,7 +130,7 @@ def test_open_gates_change_nothing_and_items_have_their_own():
 @pytest.mark.parametrize("text", [True, False])
 def test_the_cost_is_what_the_operations_of_the_cut_network_say(text):
     d = denoiser(text=text)
-    shape = structure(d, SHAPE, TOKENS if text else 0)
+    shape = structure(d, SHAPE, conditions(1, text))
     x, cond = torch.randn(1, *SHAPE), conditions(1, text)
 
     def work(e):
@@ -101,7 +146,7 @@ def test_the_cost_is_what_the_operations_of_the_cut_network_say(text):
 
 def test_magnitude_pruning_meets_its_cost_and_closes_the_dead_first():
     d = denoiser()
-    shape = structure(d, SHAPE, TOKENS)
+    shape = structure(d, SHAPE, conditions(1))
     net = d.net
     net.blocks[1].mlp.out.weight.data[:, :32] = 0
     gates = by_magnitude(d, shape, 0.97)
@@ -113,7 +158,7 @@ def test_magnitude_pruning_meets_its_cost_and_closes_the_dead_first():
 
 
 def test_relaxed_gates_are_hard_in_value_soft_in_gradient_and_never_leave_a_part_empty():
-    shape = structure(denoiser(), SHAPE, TOKENS)
+    shape = structure(denoiser(), SHAPE, conditions(1))
     logits = (6 * torch.randn(8, shape.size) - 6).requires_grad_()
     gates = relaxed(logits, shape)
     values = gates.detach().round()
@@ -145,7 +190,7 @@ def test_transport_shares_items_evenly_and_keeps_clear_preferences():
 
 def routed(seed=0, d=None):
     d = denoiser() if d is None else d
-    shape = structure(d, SHAPE, TOKENS)
+    shape = structure(d, SHAPE, conditions(1))
     router = PromptRouter(10, shape, experts=3, seed=seed)
     router.book.data = torch.randn(3, shape.size, generator=torch.Generator().manual_seed(5)) / 2 - 0.5
     return Routed.of(d, router)
@@ -202,7 +247,7 @@ def test_routed_sampling_is_alike_alone_in_batches_and_threads():
 def test_training_meets_its_budget_and_leaves_the_teacher(tune):
     d = denoiser()
     before = {k: v.clone() for k, v in d.state_dict().items()}
-    shape = structure(d, SHAPE, TOKENS)
+    shape = structure(d, SHAPE, conditions(1))
     router = PromptRouter(10, shape, experts=3)
     student = copy.deepcopy(d).requires_grad_() if tune else d
     objective = PromptPruning(student, router, target=0.6, warmup=10)
@@ -231,7 +276,7 @@ def test_experts_learn_together_on_their_own_prompts():
 def test_likeness_is_least_where_architectures_are_as_alike_as_prompts():
     z = torch.nn.functional.normalize(torch.randn(12, 30), dim=-1)
     assert float(likeness(z, z)) <= min(float(likeness(z[torch.randperm(12)], z)) for _ in range(5))
-    shape = structure(denoiser(), SHAPE, TOKENS)
+    shape = structure(denoiser(), SHAPE, conditions(1))
     open_ = torch.cat([codes(shape, 5)[:, :-4], torch.ones(5, 4)], 1)
     u = architecture(open_, shape)
     torch.testing.assert_close(u.norm(dim=1), torch.ones(5))
@@ -239,11 +284,11 @@ def test_likeness_is_least_where_architectures_are_as_alike_as_prompts():
 
 def test_refusals():
     d = denoiser()
-    shape = structure(d, SHAPE, TOKENS)
-    net = networks.UNet(2, width=8, multipliers=(1, 2), blocks=1, attention=(False, True))
+    shape = structure(d, SHAPE, conditions(1))
+    mlp = networks.MLP(2, 16, depth=2)
     for call_, said in [
-        (lambda: structure(sf.parametrized(net, processes.VP(), "eps"), SHAPE), "DiT"),
-        (lambda: structure(d, SHAPE, TOKENS, group=7), "groups of 7"),
+        (lambda: structure(sf.parametrized(mlp, processes.VP(), "eps"), (2,)), "no block"),
+        (lambda: structure(d, SHAPE, conditions(1), group=7), "groups of 7"),
         (lambda: materialize(d, shape, torch.ones(3)), "wanted"),
         (lambda: materialize(d, shape, torch.full((shape.size,), 0.5)), "0 or 1"),
         (lambda: materialize(d, shape, torch.cat([torch.zeros(shape.size - 4), torch.ones(4)])), "keeps nothing"),
@@ -255,3 +300,46 @@ def test_refusals():
     ]:
         with pytest.raises(InputError, match=said):
             call_()
+
+
+def test_codes_gather_at_evenly_shared_groups_of_prompts():
+    shape = structure(denoiser(), SHAPE, conditions(1))
+    router = PromptRouter(10, shape, experts=3, seed=1)
+    middles = torch.nn.functional.normalize(torch.randn(3, 10, generator=torch.Generator().manual_seed(3)), dim=-1)
+    kind = torch.arange(60) % 3
+    z = middles[kind] + 0.02 * torch.randn(60, 10, generator=torch.Generator().manual_seed(4))
+    router.gather(z)
+    groups = torch.stack([router(z)[kind == k].mean(0) for k in range(3)])
+    near = torch.cdist(router.codes, groups).detach()
+    assert sorted(near.argmin(1).tolist()) == [0, 1, 2] and float(near.amin(1).max()) < 1e-4
+    with pytest.raises(InputError, match="2 items for 3"):
+        router.gather(z[:2])
+
+
+def test_few_items_go_through_the_networks_and_all_through_the_other_terms():
+    d, n = denoiser(), 12
+    shape = structure(d, SHAPE, conditions(1))
+    seen: list[int] = []
+    d.net.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    batch = {"x": torch.randn(n, *SHAPE), "cond": conditions(n)}
+    found = {}
+    for items in (None, (0, 5)):
+        router = PromptRouter(10, shape, experts=3, seed=1)
+        objective = PromptPruning(d, router, warmup=4, items=items, begin="prompts")
+        for step in (0, 4):
+            ctx = Context.of(n, 7)
+            ctx.run.step = step
+            objective(batch, ctx).total.backward()
+            found[items, step] = objective(batch, ctx).terms
+        assert router.book.grad is not None and float(router.book.grad.abs().sum()) > 0
+    assert seen == [12] * 8 + [5] * 4  # student and full, twice a step
+    assert float(found[(0, 5), 0]["denoising"]) == 0 < float(found[(0, 5), 4]["denoising"])
+    assert found[None, 0]["alike"] == found[(0, 5), 0]["alike"] and found[None, 0]["kept"] == found[(0, 5), 0]["kept"]
+
+
+def test_refusals_of_beginnings():
+    d = denoiser()
+    router = PromptRouter(10, structure(d, SHAPE, conditions(1)))
+    for options, said in [({"begin": "odd"}, "'book' or"), ({"items": (-1, 2)}, "two numbers"), ({"begin": "prompts", "transport": False}, "transport")]:  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            PromptPruning(d, router, **options)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfumato import grids, oracles, solvers
 from sfumato.core import Context, Denoiser, InputError, Posterior, linear, sample
-from sfumato.denoisers import parametrized
+from sfumato.denoisers import lora, parametrized
 from sfumato.denoisers.boundaries import boundary, consistent
 from sfumato.networks.scalars import settled, with_scalars
 from sfumato.objectives.distill import (
@@ -199,6 +199,132 @@ def test_subpaths_at_their_noisy_end_are_consistency_distillation() -> None:
     ratio = VP().coef(0.9).alpha / VP().coef(0.5).alpha
     torch.testing.assert_close(low, ratio * y)
     torch.testing.assert_close(sigma, ratio * VP().coef(s).sigma)
+
+
+@pytest.mark.parametrize("law", ["vp", "flow", "cosine"])
+def test_a_state_along_a_subpath_is_asked_at_the_time_of_its_noise(law: str) -> None:
+    """x0 and eps of the line are those of the state alpha_u / alpha_t times as large at u, so any belief reads alike."""
+    process = LAWS[law]
+    objective = Consistency(flow_map(process), [0.9, 0.5, 0.0], gaussian().denoiser(process), gamma="uniform")
+    x0, noise = torch.randn(2, 6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, s = torch.full((6,), 0.9).double(), torch.tensor([0.5, 0.5, 0.5, 0.0, 0.0, 0.0]).double()
+    x, y = (process.corrupt(x0, v, context(6), noise=noise)[0] for v in (t, s))
+    share = torch.tensor([0.0, 0.4, 1.0]).double().repeat(2)
+    state, u = objective._along(x, y, t, s, share)
+    torch.testing.assert_close(state, process.corrupt(x0, u, context(6), noise=noise)[0], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(u[[0, 2, 3, 5]], torch.tensor([0.5, 0.9, 0.0, 0.9]).double())
+    line, sigma = objective._line(x, y, t, s, share)
+    torch.testing.assert_close(linear(process.coef(t).alpha, x0, sigma, noise), line, atol=1e-9, rtol=1e-9)
+
+
+def test_a_consistency_function_has_no_loss_along_subpaths_either() -> None:
+    """The line is the trajectory but for its curvature, so the loss falls with the length of the sub-path."""
+
+    def loss(n: int) -> float:
+        times = [0.8 * (1 - k / n) for k in range(n + 1)]
+        objective = Consistency(
+            flow_map(VP()), times, gaussian().denoiser(VP()), gamma="uniform", substeps=4, metric="l2"
+        )
+        return float(objective(data(24), context(24)).total.detach())
+
+    assert loss(32) < loss(8) / 16 and loss(32) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["x0", "lcm", "karras"])
+def test_at_its_noisy_end_a_subpath_asks_as_consistency_distillation_does(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gamma = 1 for every item gives the loss of gamma = 1, in every boundary form."""
+    from sfumato.objectives.distill import consistency
+
+    def made(gamma: Any) -> Consistency:
+        return Consistency(small(process=VP()), [0.9, 0.5, 0.0], small(1, VP()), gamma=gamma, boundary=form)
+
+    objective = made("uniform")
+    monkeypatch.setattr(objective, "_told", lambda cond, share, like: cond)
+    monkeypatch.setattr(consistency, "unit", lambda rng, **more: torch.ones(16, dtype=torch.float64))
+    batch = {"x": states()["x"][:16]}
+    torch.testing.assert_close(
+        objective(batch, Context.of(16, 3)).total, made(1.0)(batch, Context.of(16, 3)).total, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_clean_times_count_as_much_as_noisy_ones_in_what_the_network_says() -> None:
+    """'sigma': an error of v moves x0 by sigma times as much, so |x0 - x0'| / sigma = |v - v'|; 1 on average."""
+    times = [0.9, 0.6, 0.3, 0.1, 0.0]
+    objective = Consistency(small(process=VP()), times, small(1, VP()), weighting="sigma")
+    t = torch.tensor(times[:-1]).double()
+    weights = objective._weight(t)
+    torch.testing.assert_close(weights.mean(), torch.ones((), dtype=torch.float64))
+    assert float((weights * VP().coef(t).sigma).std()) < 1e-12
+    torch.testing.assert_close(objective._weight(t[:2]), weights[:2])
+    with pytest.raises(InputError, match="weighting"):
+        Consistency(small(), times, weighting="snr-ish")
+
+
+def test_the_average_of_an_adapted_student_holds_the_adapters_only() -> None:
+    """What is frozen is shared; the adapters' average moves, and without a teacher there is none."""
+    student = lora.inject(small(), 2)
+    objective = Consistency(student, [1.0, 0.5, 0.0], small(1), target=0.5)
+    assert (
+        Consistency(small(), [1.0, 0.0], small(1)).target == 0.95 and Consistency(small(), [1.0, 0.0]).average is None
+    )
+    for p, q in zip(objective.average.parameters(), student.parameters(), strict=True):  # type: ignore[union-attr]
+        assert (p is q) == (not q.requires_grad) and not p.requires_grad
+        if q.requires_grad:
+            q.data.add_(1.0)
+    before = copy.deepcopy(objective.average).state_dict()  # type: ignore[union-attr]
+    objective.after_step(0)
+    for (name, p), q in zip(objective.average.named_parameters(), student.parameters(), strict=True):  # type: ignore[union-attr]
+        wanted = 0.5 * (before[name] + q) if q.requires_grad else before[name]
+        torch.testing.assert_close(p.detach(), wanted.detach())
+
+
+@pytest.mark.parametrize("predicts", ["x0", "v", "eps", "edm"])
+def test_a_bootstrapped_student_is_asked_as_at_time_one(predicts: str) -> None:
+    """Its input and the meaning of its answer are those of its one call when sampling; only the label says 1 - t."""
+    process, seen = VP(), []
+
+    class Blind(Net):
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            seen.append(label)
+            return super().forward(x, torch.zeros_like(label))
+
+    student = parametrized(Blind(), process, predicts)
+    objective = Bootstrap(student, gaussian().denoiser(process), (2,))
+    noise, ctx = torch.randn(5, 2), Context.of(5)
+    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]).double()
+    said = objective.says(noise, t, ctx)
+    x = process.coef(1.0).sigma * noise
+    torch.testing.assert_close(said, student(x, torch.ones(5).double(), ctx).mean)
+    torch.testing.assert_close(seen[0].double(), 1 - t)
+    once = sample(student, solvers.get("ddim"), grids.get("uniform"), 1, x=x)
+    torch.testing.assert_close(objective.says(noise, torch.zeros(5).double(), ctx), once, rtol=1e-4, atol=1e-4)
+
+
+def test_the_boundary_of_some_items_is_that_of_all_on_average_and_of_any_split() -> None:
+    from sfumato.core import Streams
+
+    teacher, n = gaussian().denoiser(VP()), 400
+    some, every = (Bootstrap(small(process=VP()), teacher, (2,), share=share) for share in (0.25, 1.0))
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+
+    def edge(objective: Bootstrap, part: slice) -> Tensor:
+        rows = noise[part]
+        return objective._edge(rows, Context(cond={}, batch=len(rows), rng=Streams.of(3, n).select(part))).detach()
+
+    whole = edge(some, slice(0, n))
+    torch.testing.assert_close((edge(some, slice(0, 150)) * 150 + edge(some, slice(150, n)) * 250) / n, whole)
+    top = torch.ones(n).double()
+    all_of_them = (
+        (every.says(noise, top, Context.of(n)) - teacher(noise * VP().coef(1.0).sigma, top, Context.of(n)).mean)
+        .square()
+        .mean()
+    )
+    torch.testing.assert_close(edge(every, slice(0, n)), all_of_them.detach())
+    assert abs(float(whole / all_of_them.detach()) - 1) < 0.15
+    with pytest.raises(InputError, match="share"):
+        Bootstrap(small(), small(1), (2,), share=0.0)
 
 
 @pytest.mark.parametrize("form", ["x0", "lcm", "karras"])

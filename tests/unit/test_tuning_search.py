@@ -40,6 +40,8 @@ moves = st.builds(
     st.floats(0, 1.5),
     st.integers(1, 4),
     st.booleans(),
+    st.integers(0, 2),
+    st.booleans(),
 )
 
 

@@ -161,9 +161,11 @@ def _session(leaf: Parametrized, layers: Mapping[str, Any], batch: Batch) -> Ses
 
 def sources(net: nn.Module) -> list[str]:
     """The code that a network is made of: a graph of older code is made again."""
-    names = {cls.__module__ for module in net.modules() for cls in type(module).__mro__}
+    names = {cls.__module__ for module in net.modules() for cls in type(module).__mro__} - {
+        Denoiser.__module__
+    }  # of taps
     files = {getattr(sys.modules.get(name), "__file__", None) for name in names if not name.startswith("torch")}
-    return [Path(file).read_text("utf-8") for file in sorted(f for f in files if f)]
+    return [Path(file).read_text("utf-8") for file in sorted(f for f in files if f and f.endswith(".py"))]
 
 
 def _compiled(leaf: Parametrized, layers: Mapping[str, Any], batch: Batch) -> Compiled:

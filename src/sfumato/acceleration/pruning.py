@@ -1,4 +1,4 @@
-"""Gates on the blocks, heads and channel groups of a transformer, and the smaller network that closed gates leave."""
+"""Gates on the blocks, heads and channel groups of a network, and the smaller network that closed gates leave."""
 
 from __future__ import annotations
 
@@ -10,32 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.acceleration.counting import operations
+from sfumato.acceleration.parts import Part, Site, sites
 from sfumato.core import Context, Denoiser, InputError, rebuild
 from sfumato.core.context import Tap
 from sfumato.denoisers import Parametrized
 from sfumato.denoisers.features import network
-from sfumato.networks import DiT
-
-PARTS = ("attention", "cross", "mlp")
 
 
 @dataclass(frozen=True)
 class Structure:
     """What can be taken out of a network, in the order of a code's numbers: the widths of each block, then one a block.
 
-    widths  of each block, by part: how many heads ('attention', 'cross') or channel groups ('mlp') it has
-    work    multiplications of one head or group, by part, for one item
+    sites   the blocks and their parts
+    widths  of each block, by part: how many heads ('attention', 'cross') or channel groups ('mlp', 'channels') it has
+    work    multiplications of one head or group, by block and part, for one item
     base    multiplications of an item that are in no gate
     """
 
+    sites: tuple[Site, ...]
     widths: tuple[Mapping[str, int], ...]
-    work: Mapping[str, float]
+    work: tuple[Mapping[str, float], ...]
     base: float
 
     @property
     def size(self) -> int:
         """How many gates there are."""
         return sum(sum(block.values()) for block in self.widths) + len(self.widths)
+
+    @property
+    def whole(self) -> Tensor:
+        """Which blocks can be passed by (depth,): not those whose output is of another form than their input."""
+        return torch.tensor([site.whole for site in self.sites])
 
     def split(self, gates: Tensor) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Gates (..., size) as those of each block by part (..., n), and of the blocks (..., depth)."""
@@ -51,12 +57,13 @@ class Structure:
     @property
     def total(self) -> float:
         """Multiplications of an item with all gates open."""
-        return self.base + sum(self.work[p] * n for block in self.widths for p, n in block.items())
+        each = zip(self.widths, self.work, strict=True)
+        return self.base + sum(work[p] * n for block, work in each for p, n in block.items())
 
     def gated(self, gates: Tensor) -> Tensor:
         """The share of the gated work that gates keep (...,)."""
         blocks, depth = self.split(gates)
-        each = [sum(self.work[p] * g.sum(-1) for p, g in block.items()) for block in blocks]
+        each = [sum(work[p] * g.sum(-1) for p, g in block.items()) for block, work in zip(blocks, self.work, strict=True)]  # fmt: skip
         return (torch.stack(each, -1) * depth).sum(-1) / (self.total - self.base)  # type: ignore[arg-type]
 
     def cost(self, gates: Tensor) -> Tensor:
@@ -64,40 +71,55 @@ class Structure:
         return (self.base + (self.total - self.base) * self.gated(gates)) / self.total
 
 
-def structure(denoiser: Any, shape: Sequence[int], tokens: int = 0, group: int = 32) -> Structure:
-    """The gates of the DiT inside a denoiser, for states of ``shape`` (C, H, W) and ``tokens`` text tokens (the null included).
+def structure(
+    denoiser: Denoiser, shape: Sequence[int], cond: Mapping[str, Any] | None = None, group: int = 32
+) -> Structure:
+    """The gates of the network inside a denoiser, for states of ``shape`` (C, H, W), and what each costs, counted in one call.
 
-    group  channels of a gate of the MLP. Only sfumato's DiT is known; InputError for other networks.
+    cond   conditions of an item as the network will read them, (1 or more, *): work depends on how many text tokens there are
+    group  channels of a gate of an MLP
+
+    See :func:`sfumato.acceleration.parts.sites` for the networks that are known; InputError for others.
     """
-    net = network(denoiser) if isinstance(denoiser, Denoiser) else denoiser
-    if not isinstance(net, DiT):
-        raise InputError(f"gates are known for a DiT, not for a {type(net).__name__}: prune that by hand")
-    n = shape[1] * shape[2] // net.patch**2
-    widths: list[dict[str, int]] = []
-    blocks: Any = net.blocks
-    for block in blocks:
-        hidden: int = block.mlp.out.in_features
-        if hidden % group:
-            raise InputError(f"an MLP of {hidden} channels is not in groups of {group}")
-        heads = {part: getattr(block, part).heads for part in PARTS[:2] if getattr(block, part) is not None}
-        widths.append({**heads, "mlp": hidden // group})
-    first: Any = net.blocks[0]
-    wide, head = first.mlp.gate.in_features, net.head
-    work = {"attention": 4.0 * n * wide * head + 2 * n * n * head, "mlp": 3.0 * n * wide * group}
-    if first.cross is not None:
-        told = first.cross.key.in_features
-        work["cross"] = 2.0 * n * wide * head + 2 * tokens * told * head + 2 * n * tokens * head
-    return Structure(tuple(widths), work, _base(net, n, tokens))
+    net, leaf = network(denoiser), next(m for m in denoiser.modules() if isinstance(m, Parametrized))
+    found = tuple(sites(net, group))
+    parts = [part for site in found for part in site.parts]
+    seen: dict[str, int] = {}
+
+    def tap(path: str) -> Tap:
+        def around(ctx: Context, call: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = call(x, *args, **kwargs)
+            seen[path] = out.shape[2:].numel() if out.ndim == 4 else out.shape[:-1].numel()
+            return out
+
+        return around
+
+    layers = sorted({path for part in parts for path in (part.out, *(row for row, _ in part.rows))})
+    told = {name: value[:1] for name, value in (cond or {}).items()}
+    first = next((p for p in net.parameters()), torch.zeros(1))
+    x = torch.zeros(1, *shape, dtype=first.dtype, device=first.device)
+    ctx = Context(cond=told, batch=1, taps=tuple((path, tap(path)) for path in layers))
+    with torch.no_grad():
+        total = operations(lambda: leaf(x, 0.5, ctx)) / 2
+    missing = sorted(set(layers) - set(seen))
+    if missing:
+        raise InputError(f"a call never reaches {missing[0]}: give the conditions that the network reads, cond=")
+    work = tuple({part.name: _work(net, part, seen) for part in site.parts} for site in found)
+    widths = tuple({part.name: part.groups for part in site.parts} for site in found)
+    gated = sum(w[p] * n for w, block in zip(work, widths, strict=True) for p, n in block.items())
+    return Structure(found, widths, work, total - gated)
 
 
-def _base(net: DiT, n: int, tokens: int) -> float:
-    """Multiplications of an item outside the gated parts."""
-    wide = net.input.out_features
-    vectors = sum(m.weight.numel() for p, m in net.named_modules() if isinstance(m, nn.Linear) and p.split(".")[0] in ("conditioning", "modulation"))  # fmt: skip
-    vectors += sum(m.weight.numel() for p, m in net.named_modules() if isinstance(m, nn.Linear) and p.endswith("modulation.project"))  # fmt: skip
-    context = 0 if net.context is None else net.context.project.weight.numel() * max(tokens - 1, 0)
-    final = net.final.modulation.weight.numel() + n * net.final.project.weight.numel()
-    return float(n * net.input.in_features * wide + vectors + context + final)
+def _work(net: nn.Module, part: Part, seen: Mapping[str, int]) -> float:
+    """Multiplications of one head or group: its share of the layers that make and read it, and of the products of attention."""
+    out: Any = net.get_submodule(part.out)
+    total = seen[part.out] * out.weight.numel()
+    for path, _ in part.rows:
+        layer: Any = net.get_submodule(path)
+        total += seen[path] * layer.weight.numel()
+    if part.heads is not None:  # queries times keys, and probabilities times values
+        total += 2 * seen[part.out] * seen[part.rows[-1][0]] * out.weight.shape[1]
+    return total / part.groups
 
 
 def gating(structure: Structure, gates: Tensor) -> list[tuple[str, Tap]]:
@@ -108,9 +130,9 @@ def gating(structure: Structure, gates: Tensor) -> list[tuple[str, Tap]]:
     """
     blocks, depth = structure.split(gates)
     taps: list[tuple[str, Tap]] = []
-    for i, block in enumerate(blocks):
-        taps += [(f"blocks.{i}.{part}.out", _scaled(g)) for part, g in block.items()]
-        taps.append((f"blocks.{i}", _passed(depth[..., i])))
+    for i, (site, block) in enumerate(zip(structure.sites, blocks, strict=True)):
+        taps += [(part.out, _scaled(block[part.name])) for part in site.parts]
+        taps += [(site.path, _passed(depth[..., i]))] if site.whole else []
     return taps
 
 
@@ -122,48 +144,52 @@ def _rows(gates: Tensor, x: Tensor) -> Tensor:
 
 
 def _scaled(gates: Tensor) -> Tap:
-    def around(ctx: Context, call: Any, x: Tensor) -> Any:
-        each = _rows(gates, x)
-        return call(x * each.repeat_interleave(x.shape[-1] // each.shape[-1], -1)[:, None])
+    def around(ctx: Context, call: Any, x: Tensor, *args: Any) -> Any:
+        each, maps = _rows(gates, x), x.ndim == 4
+        channels = each.repeat_interleave(x.shape[1 if maps else -1] // each.shape[-1], -1)
+        return call(x * (channels[:, :, None, None] if maps else channels[:, None]), *args)
 
     return around
 
 
 def _passed(gate: Tensor) -> Tap:
-    def around(ctx: Context, call: Any, x: Tensor, *args: Any) -> Any:
-        g = _rows(gate[:, None], x)[:, :, None]
-        return x + g * (call(x, *args) - x)
+    def around(ctx: Context, call: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        g = _rows(gate, x).view(-1, *[1] * (x.ndim - 1))
+        return x + g * (call(x, *args, **kwargs) - x)
 
     return around
+
+
+class Passed(nn.Module):
+    """In the place of a block that was taken out: its input."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
 
 
 @torch.no_grad()
 def materialize(denoiser: Any, structure: Structure, gates: Tensor) -> Any:
     """A denoiser whose network lacks what hard gates (size,) of 0 and 1 close: the gated one's function, with its cost.
 
-    Tensors that do not shrink are shared; ``denoiser`` is untouched. InputError for other gates, and where a part of an open
-    block has none left.
+    Tensors that do not shrink are shared; ``denoiser`` is untouched. InputError for other gates, where a part of an open
+    block has none left, and where a block is closed that cannot be passed by.
     """
     if gates.shape != (structure.size,) or not bool(((gates == 0) | (gates == 1)).all()):
         raise InputError(f"gates {tuple(gates.shape)}: ({structure.size},) numbers 0 or 1 are wanted")
-    net = network(denoiser)
-    new: Any = rebuild(net, lambda path, m: None)
+    new: Any = rebuild(network(denoiser), lambda path, m: None)
     blocks, depth = structure.split(gates > 0)
-    for i, parts in enumerate(blocks):
-        if not bool(depth[i]):
+    for site, parts, stays in zip(structure.sites, blocks, depth.tolist(), strict=True):
+        if not stays:
+            if not site.whole:
+                raise InputError(
+                    f"{site.path} gives another form than it gets: it cannot be left out, leave its gate open"
+                )
+            _put(new, site.path, Passed())
             continue
-        for part, kept in parts.items():
-            if not bool(kept.any()):
-                raise InputError(f"block {i} keeps nothing of its {part}: close the whole block, or keep one")
-            module: Any = getattr(new.blocks[i], part)
-            rows = kept.repeat_interleave(module.out.in_features // len(kept)).nonzero().flatten()
-            inner = ("gate", "up") if part == "mlp" else ("query", "key", "value")
-            for name in inner:
-                setattr(module, name, _cut(getattr(module, name), rows, 0))
-            module.out = _cut(module.out, rows, 1)
-            if part != "mlp":
-                module.heads = int(kept.sum())
-    new.blocks = nn.ModuleList(block for block, open_ in zip(new.blocks, depth.tolist(), strict=True) if open_)
+        for part in site.parts:
+            if not bool(parts[part.name].any()):
+                raise InputError(f"{site.path} keeps nothing of its {part.name}: close the whole block, or keep one")
+            _shrink(new, part, parts[part.name])
     made: Any = rebuild(denoiser, lambda path, m: None)
     for module in made.modules():
         if isinstance(module, Parametrized):
@@ -171,45 +197,75 @@ def materialize(denoiser: Any, structure: Structure, gates: Tensor) -> Any:
     return made
 
 
+def _put(net: nn.Module, path: str, module: nn.Module) -> None:
+    """A submodule in the place of another."""
+    owner, _, leaf = path.rpartition(".")
+    net.get_submodule(owner)._modules[leaf] = module
+
+
+def _shrink(net: nn.Module, part: Part, kept: Tensor) -> None:
+    """Cut a part of the network down to the groups that are kept."""
+    out: Any = net.get_submodule(part.out)
+    channels = out.weight.shape[1]
+    rows = kept.repeat_interleave(channels // len(kept)).nonzero().flatten()
+    for path, times in part.rows:
+        layer: Any = net.get_submodule(path)
+        _put(net, path, _cut(layer, torch.cat([rows + k * channels for k in range(times)]), 0))
+    _put(net, part.out, _cut(out, rows, 1))
+    if part.heads is not None:
+        owner: Any = net.get_submodule(part.heads)
+        owner.heads = int(kept.sum())
+    if part.norm is not None:
+        norm: Any = copy.copy(net.get_submodule(part.norm))
+        norm._parameters = {
+            name: value if value is None else nn.Parameter(value.index_select(0, rows), requires_grad=value.requires_grad)
+            for name, value in norm._parameters.items()
+        }  # fmt: skip
+        norm.num_groups, norm.num_channels = int(kept.sum()), len(rows)
+        _put(net, part.norm, norm)
+
+
 def _cut(layer: Any, rows: Tensor, dim: int) -> Any:
-    """A linear layer with these outputs (dim 0) or inputs (dim 1) alone."""
+    """A linear layer or convolution with these outputs (dim 0) or inputs (dim 1) alone."""
     new = copy.copy(layer)
     new._parameters = dict(layer._parameters)
     new.weight = nn.Parameter(layer.weight.index_select(dim, rows), requires_grad=layer.weight.requires_grad)
-    if dim == 0:
-        new.out_features = len(rows)
-        new.bias = (
-            None if layer.bias is None else nn.Parameter(layer.bias[rows], requires_grad=layer.bias.requires_grad)
-        )
-    else:
-        new.in_features = len(rows)
+    kind = "features" if isinstance(layer, nn.Linear) else "channels"
+    setattr(new, f"{'out' if dim == 0 else 'in'}_{kind}", len(rows))
+    if dim == 0 and layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.index_select(0, rows), requires_grad=layer.bias.requires_grad)
     return new
 
 
 def by_magnitude(denoiser: Any, structure: Structure, target: float) -> Tensor:
-    """Hard gates (size,) that close the heads and groups of least weight norm until the cost is at most ``target``.
+    """Gates (size,) that close the heads and groups of least norm for their work until the cost is at most ``target``.
 
-    Each part keeps one; blocks stay. The norm of a head or group is that of its columns of the output layer times its rows
-    of the value or up layer.
+    Each part keeps one; blocks stay. The norm of a head or group is that of its columns of the layer that reads it times its
+    rows of the last layer that makes it.
     """
-    net: Any = network(denoiser)
+    net = network(denoiser)
     scores: list[Tensor] = []
-    for block, parts in zip(net.blocks, structure.widths, strict=True):
-        for part, n in parts.items():
-            module = getattr(block, part)
-            source = module.up if part == "mlp" else module.value
-            score = module.out.weight.unflatten(1, (n, -1)).square().sum((0, 2)).sqrt() * source.weight.unflatten(0, (n, -1)).square().sum((1, 2)).sqrt()  # fmt: skip
-            score = score / structure.work[part]
+    for site, work in zip(structure.sites, structure.work, strict=True):
+        for part in site.parts:
+            reads, makes = _weight(net, part.out), _weight(net, part.rows[-1][0])
+            source = makes.unflatten(0, (part.rows[-1][1], part.groups, -1)).square().sum((0, 2, 3, 4)).sqrt()
+            score = reads.unflatten(1, (part.groups, -1)).square().sum((0, 2, 3)).sqrt() * source / work[part.name]
             scores.append(torch.where(score == score.max(), torch.inf, score))
-    order = torch.cat(scores).detach().argsort()
+    found = torch.cat(scores).detach()
     gates = torch.ones(structure.size)
-    for i in order.tolist():
+    for i in found.argsort().tolist():
         if float(structure.cost(gates)) <= target:
             return gates
-        gates[i] = 0.0 if torch.cat(scores)[i] < torch.inf else 1.0
+        gates[i] = 0.0 if found[i] < torch.inf else 1.0
     if float(structure.cost(gates)) > target:
         raise InputError(f"a cost of {target:g} cannot be reached with one head and group a part: give a higher target")
     return gates
 
 
-__all__ = ["Structure", "by_magnitude", "gating", "materialize", "structure"]
+def _weight(net: nn.Module, path: str) -> Tensor:
+    """A layer's weight as (out, in, the rest)."""
+    layer: Any = net.get_submodule(path)
+    return layer.weight.flatten(2) if layer.weight.ndim > 2 else layer.weight[:, :, None]  # type: ignore[no-any-return]
+
+
+__all__ = ["Passed", "Structure", "by_magnitude", "gating", "materialize", "structure"]

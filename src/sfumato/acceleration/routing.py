@@ -36,6 +36,7 @@ def relaxed(logits: Tensor, structure: Structure, noise: Tensor | None = None, h
     depth = torch.sigmoid((q.logit() + noise[:, wide:] + OFFSET) / TEMPERATURE)
     places = removal(len(structure.widths))
     depth = torch.empty_like(depth).scatter(1, torch.tensor(places).expand(len(depth), -1), depth)
+    depth = torch.where(structure.whole, depth, 1.0)  # some blocks cannot be passed by
     soft = torch.cat([widths, depth], -1)
     if not hard:
         return soft
@@ -122,6 +123,28 @@ class PromptRouter(nn.Module):
     def assign(self, embedding: Tensor) -> Tensor:
         """The expert of each prompt (B,) int64: the code of the greatest cosine. The zero vector is a prompt like others."""
         return self.scores(embedding).argmax(1)
+
+    @torch.no_grad()
+    def gather(self, embedding: Tensor, iterations: int = 12) -> None:
+        """Put the codes where prompts are: the mean logits of groups of prompts that are alike and evenly shared.
+
+        Groups are clusters on the unit sphere (spherical k-means) whose assignment is that of transport; they begin at prompts
+        that are far from each other. InputError for fewer prompts than codes.
+        """
+        logits, n = self(embedding), len(self.book)
+        ours = F.normalize(embedding, dim=-1, eps=1e-6)
+        chosen = [int((ours @ ours.mean(0)).argmin())]
+        while len(chosen) < n:
+            chosen.append(int((ours @ ours[chosen].T).amax(1).argmin()))
+        index = sinkhorn(ours @ ours[chosen].T).argmax(1)
+        for _ in range(iterations):
+            groups = F.one_hot(index, n).to(ours.dtype)
+            middle = F.normalize(groups.T @ ours, dim=-1, eps=1e-6)
+            index = sinkhorn(ours @ middle.T).argmax(1)
+        groups = F.one_hot(index, n).to(logits.dtype)
+        held = groups.sum(0) > 0
+        mean = (groups.T @ logits) / groups.sum(0).clamp(min=1)[:, None]
+        self.book.data = torch.where(held[:, None], mean / GAIN, self.book.data)
 
     @torch.no_grad()
     def gates(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,10 +31,15 @@ class PromptPruning(Objective):
     by the balanced shares of optimal transport (``transport``; without it, the nearest). The noise of the gates falls to
     nothing over a training of known length, so that what was learnt is what is cut.
 
-    denoiser   a DiT; player 'student' where ``tune`` (its weights adapt meanwhile), else frozen
+    denoiser   any that ``structure`` knows; player 'student' where ``tune`` (its weights adapt meanwhile), else frozen
     router     player 'router'; its ``structure`` says what can be closed
     embedding  the condition that is a prompt's vector (B, width)
     target     share of the full network's multiplications
+    contrast   weight of L_con, a mean over pairs of a batch: the larger the batch, the larger it must be (100 as published)
+    items      how many of a batch go through the networks, (in the warm-up, after it); None: all. The other terms need no
+               network and are cheap, so that many prompts can be compared where few are denoised
+    begin      "prompts": the codes begin, at the end of the warm-up, at the middle of the architectures of groups of a batch's prompts
+               that transport shares evenly; "book": where the router's book has them (orthogonal, as published)
 
     A batch is {"x", "cond"}. The loss compares items: a batch must not be split. The paper's noise does not fall, and
     it adds a distance of block outputs, which is left out. Raises InputError for a target that the gates cannot reach. Source: Ganjdanesh, Kang, Shirkavand,
@@ -53,6 +59,8 @@ class PromptPruning(Objective):
         transport: bool = True,
         tune: bool = False,
         contrast: float = 1.0,
+        items: tuple[int, int] | None = None,
+        begin: str = "book",
         dropout: float = 0.1,
         times: Times | None = None,
     ) -> None:
@@ -61,7 +69,14 @@ class PromptPruning(Objective):
         floor = shape.base / shape.total
         if not floor < target <= 1:
             raise InputError(f"target = {target}: more than {floor:.3f}, which is in no gate, and at most 1")
+        if begin not in ("book", "prompts") or (items is not None and min(items) < 0):
+            raise InputError(f"begin = {begin!r}, items = {items}: 'book' or 'prompts', and two numbers of items")
         self.share = (target - floor) / (1 - floor)
+        if begin == "prompts" and not transport:
+            raise InputError(
+                "begin = 'prompts' shares the prompts by transport: without it the codes begin in the book"
+            )
+        self.items, self.begin = items, begin
         self.router, self.full, self.tune = router, Frozen(denoiser), tune
         self.student: Any = denoiser if tune else Frozen(denoiser)
         self.embedding, self.warmup, self.transport = embedding, warmup, transport
@@ -74,23 +89,15 @@ class PromptPruning(Objective):
         return [list(self.players())]
 
     def forward(self, batch: Mapping[str, Any], ctx: Context, player: str = "router") -> Loss:
-        x0, cond = batch["x"], batch.get("cond", {})
+        cond = batch.get("cond", {})
         if self.embedding not in cond:
             raise InputError(f"the router reads the condition {self.embedding!r}; the batch has {sorted(cond)}")
-        z = cond[self.embedding]
+        z, shape = cond[self.embedding], self.router.structure
+        if self.begin == "prompts" and ctx.run.step == self.warmup:
+            self.router.gather(z)
         gates, own = self._gates(z, ctx)
-        process = self.router_process()
-        t, importance = self.times(process, streams(ctx))
-        noise = ctx.draw(process.space, x0)
-        x, _ = process.corrupt(x0, t, ctx, noise=noise)
-        told = drop(cond, self._null(), self.dropout, ctx)
-        shape = self.router.structure
-        post = self.student(x, t, ctx.fork("student", cond=told, taps=gating(shape, gates)))
-        with torch.no_grad():
-            full = self.full(x, t, ctx.fork("full", cond=told)).native
-        error = (post.native - process.target(post.kind, x0, noise, t)).square().flatten(1).mean(1)
-        denoising = (error * weight("min-snr", post.kind, post.coef) * importance).mean()
-        imitation = (post.native - full).square().mean()
+        n = len(z) if self.items is None else min(len(z), self.items[ctx.run.step >= self.warmup])
+        denoising, imitation = self._denoised(batch["x"][:n], {k: v[:n] for k, v in cond.items()}, gates[:n], ctx)
         kept = shape.gated(gates)
         budget = (kept.mean() / self.share).log().abs()
         alike = likeness(architecture(own, shape), z)
@@ -98,6 +105,23 @@ class PromptPruning(Objective):
         total = denoising + 0.2 * imitation + 2 * budget + self.contrast * alike + 0.1 * spread
         terms = {"denoising": denoising, "imitation": imitation, "kept": kept.mean(), "alike": alike}
         return Loss(total.float(), {k: v.detach() for k, v in terms.items()})
+
+    def _denoised(self, x0: Tensor, cond: Mapping[str, Any], gates: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Denoising loss of these items under their gates, and distance from what the full network says."""
+        if not len(x0):
+            return gates.new_zeros(()), gates.new_zeros(())
+        n, process = len(x0), self.router_process()
+        ctx = replace(ctx, batch=n, rng=None if ctx.rng is None else ctx.rng.select(slice(0, n)))
+        t, importance = self.times(process, streams(ctx))
+        noise = ctx.draw(process.space, x0)
+        x, _ = process.corrupt(x0, t, ctx, noise=noise)
+        told = drop(cond, self._null(), self.dropout, ctx)
+        post = self.student(x, t, ctx.fork("student", cond=told, taps=gating(self.router.structure, gates)))
+        with torch.no_grad():
+            full = self.full(x, t, ctx.fork("full", cond=told)).native
+        error = (post.native - process.target(post.kind, x0, noise, t)).square().flatten(1).mean(1)
+        denoising = (error * weight("min-snr", post.kind, post.coef) * importance).mean()
+        return denoising, (post.native - full).square().mean()
 
     def router_process(self) -> Any:
         """The noising law of the network."""

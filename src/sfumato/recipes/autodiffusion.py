@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from sfumato.tuning.target import Target
 
 COUNT, BUDGET, POOL = 4, 150, 1000
 HAND = ("uniform", "quadratic", "logsnr")
+SOLVERS = {name: solvers.get(name) for name in ("ddim", "dpm-solver++")}
 CITATION = """@inproceedings{li2023autodiffusion,
   title = {AutoDiffusion: Training-Free Optimization of Time Steps and Architectures for Automated Diffusion Model Acceleration},
   author = {Li, Lijiang and Li, Huixia and Zheng, Xiawu and Wu, Jie and Xiao, Xuefeng and Wang, Rui and Zheng, Min and Pan, Xin and Chao, Fei and Ji, Rongrong},
@@ -51,6 +52,36 @@ def lucky(fitness: Callable[..., float], pool: tuple[float, ...], solver: Any, s
     return min(fitness(solver, choice.times(pool)) for choice in (space.fresh(draw) for _ in range(BUDGET)) if choice)
 
 
+class Searches(NamedTuple):
+    """What was found on exact digits: evolved times by solver, and distances on unseen noise."""
+
+    fitting: Target
+    times: dict[str, tuple[float, ...]]
+    progress: list[float]
+    hand: dict[str, dict[str, float]]
+    ours: dict[str, float]
+    climbed: float
+    luck: float
+    even: float
+
+
+def on_exact_digits(seed: int, features: Any, reference: Tensor, judged: Tensor) -> Searches:
+    """Evolution for each solver against hand grids on unseen noise, and against luck on the fitting noise."""
+    fitting, unseen = exact(seed, 1, 500, steps=8), exact(seed, 2, 2000, steps=8)
+    pool = steps.uniform_pool(fitting, POOL)
+    fitness, final = partial(distance, fitting, features, reference), partial(distance, unseen, features, judged)
+    evolved = {name: searched(fitness, pool, s, mix(seed, 7)) for name, s in SOLVERS.items()}
+    times = {name: f.best.times(pool) for name, f in evolved.items()}
+    hand = {name: {g: final(s, times_of(fitting.process, g, COUNT)) for g in HAND} for name, s in SOLVERS.items()}
+    ours = {name: final(s, times[name]) for name, s in SOLVERS.items()}
+    ddim = SOLVERS["ddim"]
+    luck = sum(lucky(fitness, pool, ddim, mix(seed, 20 + k)) for k in range(3)) / 3
+    grown = [searched(fitness, pool, ddim, mix(seed, 30 + k)).progress[-1] for k in range(2)]
+    progress = evolved["ddim"].progress
+    even = fitness(ddim, times_of(fitting.process, "uniform", COUNT))
+    return Searches(fitting, times, progress, hand, ours, (progress[-1] + sum(grown)) / 3, luck, even)
+
+
 def architecture(seed: int, features: Any, reference: Tensor, judged: Tensor) -> tuple[float, float, str]:
     """Five steps with a fifth of the block evaluations left out, against four whole uniform ones, on the network."""
     fitting, unseen = network(seed, 11, 128, steps=8), network(seed, 12, 512, steps=8)
@@ -65,6 +96,17 @@ def architecture(seed: int, features: Any, reference: Tensor, judged: Tensor) ->
     ours = distance(unseen, features, judged, ddim, best.times(pool), best.skips)
     whole = distance(unseen, features, judged, ddim, times_of(unseen.process, "uniform", COUNT))
     return ours, whole, f"{[len(names) for names in best.skips]} of {len(blocks)} blocks"
+
+
+def shown(seed: int, found: dict[str, tuple[float, ...]]) -> dict[str, Tensor]:
+    """Pictures of the network: its fine solution, and DDIM's on evolved and on uniform times."""
+    some, ddim = network(seed, 14, 16, steps=32), SOLVERS["ddim"]
+    sheets = {
+        "fine solution": some.ends,
+        "DDIM, 4 evolved times": some.run(ddim, found["evolved, DDIM"]),
+        "DDIM, 4 uniform times": some.run(ddim, found["uniform"]),
+    }
+    return {k: model().codec.images(v) for k, v in sheets.items()}
 
 
 def picture(
@@ -101,31 +143,20 @@ def picture(
     citation=CITATION,
 )
 def autodiffusion(seed: int) -> Findings:
-    images = digits()
+    images, ddim = digits(), SOLVERS["ddim"]
     features = PCAFeatures(pictures(images.x[~images.unseen]), 16)
     reference, unseen_items = (features(pictures(images.x[part])) for part in (~images.unseen, images.unseen))
-    fitting, unseen = exact(seed, 1, 500, steps=8), exact(seed, 2, 2000, steps=8)
-    pool, ddim, multistep = steps.uniform_pool(fitting, POOL), solvers.get("ddim"), solvers.get("dpm-solver++")
-    fitness, final = partial(distance, fitting, features, reference), partial(distance, unseen, features, unseen_items)
-    both = {"ddim": ddim, "dpm-solver++": multistep}
-    evolved = {name: searched(fitness, pool, s, mix(seed, 7)) for name, s in both.items()}
-    best = {name: f.best.times(pool) for name, f in evolved.items()}
-    hand = {name: {g: final(s, times_of(fitting.process, g, COUNT)) for g in HAND} for name, s in both.items()}
-    ours = {name: final(s, best[name]) for name, s in both.items()}
-    luck = sum(lucky(fitness, pool, ddim, mix(seed, 20 + k)) for k in range(3)) / 3
-    grown = [searched(fitness, pool, ddim, mix(seed, 30 + k)).progress[-1] for k in range(2)]
-    climbed = (evolved["ddim"].progress[-1] + sum(grown)) / 3
-    other = partial(distance, network(seed, 13, 512, steps=8), features, unseen_items)
-    even = times_of(fitting.process, "uniform", COUNT)
-    moved, uniform = other(ddim, best["ddim"]), other(ddim, even)
-    skipped, whole, left_out = architecture(seed, features, reference, unseen_items)
-    found = {"uniform": even, "evolved, DDIM": best["ddim"], "evolved, ++ 2M": best["dpm-solver++"]}
-    some = network(seed, 14, 16, steps=32)
-    sheets = {
-        "fine solution": some.ends,
-        "DDIM, 4 evolved times": some.run(ddim, best["ddim"]),
-        "DDIM, 4 uniform times": some.run(ddim, found["uniform"]),
+    known = on_exact_digits(seed, features, reference, unseen_items)
+    hand, ours, process = known.hand, known.ours, known.fitting.process
+    found = {
+        "uniform": times_of(process, "uniform", COUNT),
+        "evolved, DDIM": known.times["ddim"],
+        "evolved, ++ 2M": known.times["dpm-solver++"],
     }
+    other = partial(distance, network(seed, 13, 512, steps=8), features, unseen_items)
+    moved, uniform = (other(ddim, found[name]) for name in ("evolved, DDIM", "uniform"))
+    skipped, whole, left_out = architecture(seed, features, reference, unseen_items)
+    sheets = shown(seed, found)
     return Findings(
         [
             Check(
@@ -135,7 +166,12 @@ def autodiffusion(seed: int) -> Findings:
                 "ours <= 0.7 * baseline",
             ),
             Check("the same: against the best hand grid", ours["ddim"], min(hand["ddim"].values()), "ours <= baseline"),
-            Check("best of 150 evaluations, mean of 3: evolution against luck", climbed, luck, "ours <= baseline"),
+            Check(
+                "best of 150 evaluations, mean of 3: evolution against luck",
+                known.climbed,
+                known.luck,
+                "ours <= baseline",
+            ),
             Check(
                 "2M, 4 calls: against its best hand grid",
                 ours["dpm-solver++"],
@@ -157,11 +193,5 @@ def autodiffusion(seed: int) -> Findings:
         notes=f"Distance in 16 principal components of the pixels. The first time is always t = 1. Left out at the five steps: {left_out}. "
         "The transfer is from exact beliefs to a trained network rather than between two networks. Where leaving blocks out "
         "fails: this network has few blocks and no spare one, and nothing was trained to do without.",
-        picture=picture(
-            evolved["ddim"].progress,
-            [fitness(ddim, found["uniform"]), luck],
-            found,
-            fitting.process,
-            {k: model().codec.images(v) for k, v in sheets.items()},
-        ),
+        picture=picture(known.progress, [known.even, known.luck], found, process, sheets),
     )

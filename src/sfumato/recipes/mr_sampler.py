@@ -113,7 +113,9 @@ def mr_sampler(seed: int) -> Findings:
         "published flag for few steps; without it the data form had an error of 0.08 and the noise form of 0.009 at 10 calls of "
         "inpainting), and the network predicts the velocity (with alpha = 0.005 at the start the error of a noise prediction is multiplied "
         "by 200 in the data, and 10 calls ended at 6.9 dB). With an exact belief 100 steps of Euler are within 0.01 a pixel; median errors "
-        f"of 2M with 10, 20, 40 calls beside them: {'; '.join(beside)}. "
+        f"of 2M with 10, 20, 40 calls beside them: {'; '.join(beside)}. The last of ten uniform steps spans 2.9 in lambda, while the flow is "
+        "smooth in t. No grid mends that: of seven, on seed 100, the best gave 2M 0.014 (inpainting) and 0.013 with 10 calls, Euler with 100 "
+        "0.006 and 0.002. On quadratic times with a polynomial in t, which is not the published method, it is 0.0035 and 0.0031. "
         + "; ".join(f"{n}: {a:.2f} dB, {b:.3f}" for n, (a, b) in found.items())
         + f"; observation {seen:.2f} dB. PSNR rewards the blur of few stochastic steps; the distance does not.",
         picture=picture(beds, rows),

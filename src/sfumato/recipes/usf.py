@@ -21,7 +21,7 @@ RECORDS = {
     "ddim": Move(order=1), "dpm-solver++": Move(), "dpm-solver++(order=3)": Move(order=3), "deis": Move("noise", "time", 3),
     "dpm-solver++(order=3, corrector=True)": Move(order=3, corrector=4),
 }  # fmt: skip
-BUDGETS, STARTS = (5, 7), 60
+BUDGETS, STARTS = (5, 7), 96
 CITATION = """@inproceedings{liu2023unified,
   title = {A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models},
   author = {Liu, Enshu and Ning, Xuefei and Yang, Huazhong and Wang, Yu},
@@ -142,7 +142,8 @@ def usf(seed: int) -> Findings:
         model="the bundled digits U-Net, without guidance",
         notes="Score: mean over items of the root mean square error to the fine solution of the same network. A replay of that "
         "solution rehearses 800 schedules without network calls before 50 are truly evaluated; the comparisons of luck are "
-        "without rehearsal. The first call may be saved (x0 = 0 at pure noise), as in the publication. Of 120 evaluations the "
+        f"without rehearsal. With 20 starts instead of {STARTS} to search on, the figure on unseen noise was up to 1.3 of the one chosen by. "
+        "A step may start from an older state and take its derivatives from the fewest beliefs, as in the publication. The first call may be saved (x0 = 0 at pure noise), as in the publication. Of 120 evaluations the "
         "predictor has little to learn from. No Fréchet distance: "
         "the published figures are of CIFAR-10.",
         picture=picture(found, errors, {k: codec.images(v) for k, v in ends.items()}),

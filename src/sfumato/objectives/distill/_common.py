@@ -66,6 +66,21 @@ def readable(denoiser: Any, times: Sequence[float]) -> None:
             ) from error
 
 
+def labelled(denoiser: Any, t: Tensor) -> Parametrized:
+    """The denoiser on the same weights, its network told time t (B,) whatever time it is asked at.
+
+    Scaling of the input and meaning of the output stay those of the time it is asked at. Raises InputError for a denoiser
+    that is no network.
+    """
+    if not isinstance(denoiser, Parametrized):
+        raise InputError(f"{type(denoiser).__name__} is no network with a label of its own: give a parametrized one")
+    label = t if denoiser.clock is None else denoiser.clock(t)
+    made = Parametrized(
+        denoiser.net, denoiser.process, denoiser.predicts, lambda _: label, denoiser.null, denoiser.data_std
+    )
+    return made.train(denoiser.training)
+
+
 def moved(teacher: Any, solver: Solver, x: Tensor, t: Tensor, s: Tensor, substeps: int, ctx: Context) -> Tensor:
     """Where a teacher takes x from times t to s (B,), in ``substeps`` steps equal in t."""
     ctx = ctx.fork("teacher", look=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.core import Context, Denoiser, Frozen, InputError, Loss, Objective, linear
-from sfumato.objectives.distill._common import distance, readable, streams
+from sfumato.objectives.distill._common import distance, labelled, readable, streams
 from sfumato.objectives.times import unit
 
 
@@ -21,12 +21,14 @@ class Bootstrap(Objective):
     step is exact in y: y_s = r y_t + (1 - r) f(x_t, t) with r = (alpha_t sigma_s) / (sigma_t alpha_s), and the target y'_s is
     that step from the student's own y_t = g(eps, t). Where signal = False the student is compared in x_t instead.
 
-    student   player 'student'. Its network reads eps and the label of time 1 - t, and its answer is read as x0 at time 1: so
-              g(eps, 0) is its ordinary belief at t = 1, and one DDIM step from 1 to 0 samples it
+    student   player 'student', a :class:`sfumato.denoisers.Parametrized` network. It is asked as at time 1, with the label of
+              time 1 - t: so g(eps, 0) is its ordinary belief at t = 1, and one DDIM step from 1 to 0 samples it
     teacher   a Denoiser, with its guidance around it
     shape     of one item; the batch needs conditions only (Trainer(data=None, batch=n) without any)
     delta     the step in t; smaller is less biased and slower
-    boundary  weight of the second term, without which any constant error is consistent with itself
+    boundary  weight of the second term, which says where the trajectory begins. A step shrinks an error of its start by r, so
+              errors at time 1 fade on the way; without the term they are those of a network that was never told
+    share     of the items, drawn, that the second term is of: it costs a call of teacher and student each
 
     The weight of times is uniform and 1 / delta^2 is left out. Source: Gu, Zhai, Zhang, Liu, Susskind, 2023, "BOOT:
     Data-free Distillation of Denoising Diffusion Models with Bootstrapping".
@@ -40,14 +42,17 @@ class Bootstrap(Objective):
         *,
         delta: float = 0.04,
         boundary: float = 1.0,
+        share: float = 0.25,
         signal: bool = True,
     ) -> None:
         super().__init__()
+        if not 0 < share <= 1:
+            raise InputError(f"share = {share}: above 0, at most 1; without the second term boundary = 0")
         if not 1e-3 <= delta < 1 or boundary < 0:
             raise InputError(f"delta = {delta}, boundary = {boundary}: delta in [0.001, 1), boundary not negative")
         readable(student, [1.0])
         self.student, self.teacher, self.shape = student, Frozen(teacher), tuple(shape)
-        self.delta, self.boundary, self.signal = delta, boundary, signal
+        self.delta, self.boundary, self.share, self.signal = delta, boundary, share, signal
 
     def players(self) -> Mapping[str, nn.Module]:
         return {"student": self.student}
@@ -56,8 +61,7 @@ class Bootstrap(Objective):
         """g(eps, t): the signal of the trajectory from ``noise`` (B, *) at times t (B,)."""
         process = self.student.process
         x = linear(process.coef(1.0).sigma, noise)
-        post = self.student(x, 1.0 - t, ctx)
-        return replace(post, coef=process.coef(torch.ones_like(t))).mean
+        return labelled(self.student, 1.0 - t)(x, torch.ones_like(t), ctx).mean
 
     def forward(self, batch: Mapping[str, Any], ctx: Context, player: str = "student") -> Loss:
         ctx = ctx.fork(cond=batch.get("cond", {}))
@@ -71,13 +75,23 @@ class Bootstrap(Objective):
             belief = self.teacher(linear(a.alpha, y, a.sigma, noise), t, ctx.fork("teacher", look=True)).mean
             ratio = a.alpha * b.sigma / (a.sigma * b.alpha)
             aim = linear(ratio, y, 1 - ratio, belief)
-            top = torch.ones_like(t)
-            start = linear(process.coef(1.0).sigma, noise)
-            first = self.teacher(start, top, ctx.fork("teacher", look=True)).mean if self.boundary else None
         said = self.says(noise, s, ctx.fork("student"))
         each = distance(said, aim)
         error = each.mean() if self.signal else (each * b.alpha.to(each) ** 2).mean()
-        if first is None:
+        if not self.boundary:
             return Loss(error, {"bootstrap": error.detach()})
-        edge = distance(self.says(noise, top, ctx.fork("edge")), first).mean()
+        edge = self._edge(noise, ctx)
         return Loss(error + self.boundary * edge, {"bootstrap": error.detach(), "boundary": edge.detach()})
+
+    def _edge(self, noise: Tensor, ctx: Context) -> Tensor:
+        """E |g(eps, 1) - f(eps, 1)|^2 over the drawn share of the items; each counts alike, however many are drawn."""
+        rows = torch.nonzero(unit(streams(ctx), stratified=True) < self.share).flatten().tolist()
+        if not rows:
+            return noise.new_zeros(())
+        cond = {k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in ctx.cond.items()}
+        ctx = replace(ctx.fork("edge", cond=cond, batch=len(rows)), rng=streams(ctx).select(rows))
+        top = torch.ones(len(rows), dtype=torch.float64, device=noise.device)
+        with torch.no_grad():
+            start = linear(self.student.process.coef(1.0).sigma, noise[rows])
+            first = self.teacher(start, top, ctx.fork("teacher", look=True)).mean
+        return distance(self.says(noise[rows], top, ctx), first).sum() / (self.share * len(noise))

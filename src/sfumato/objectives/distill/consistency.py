@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from sfumato.guidance import cfg
 from sfumato.objectives.denoising import drop
 from sfumato.objectives.distill._common import distance, falling, moved, one_of, readable, streams
 from sfumato.objectives.times import unit
+
+WEIGHTINGS, TARGET = ("uniform", "sigma"), 0.95
 
 
 class Consistency(Objective):
@@ -34,10 +36,17 @@ class Consistency(Objective):
     boundary   'x0' | 'lcm' | 'karras', see :mod:`sfumato.denoisers.boundaries`; the last two have one phase
     phases     how many pieces of equally many steps; each is learnt to its own end
     gamma      1: the sub-path's noisy end only. 'uniform': also the line x_g = (1 - g) (alpha_t / alpha_s) x_s + g x_t with
-               g ~ U(0, 1), whose noise is sigma_g = (1 - g) (alpha_t / alpha_s) sigma_s + g sigma_t; the student reads a
-               condition 'gamma' (:func:`sfumato.networks.scalars.with_scalars`), which is 1 when sampling
-    target     f' is an average of the student's weights with this decay; 0: the student itself
+               g ~ U(0, 1), whose noise is sigma_g = (1 - g) (alpha_t / alpha_s) sigma_s + g sigma_t. Its network is asked
+               where it knows such states: at the time u with sigma_u / alpha_u = sigma_g / alpha_t, of x_g alpha_u / alpha_t,
+               which says the same x0 = (x_g - sigma_g eps) / alpha_t, and begins as the teacher on the whole line. The line
+               is a chord of the trajectory, so the student also reads a condition 'gamma'
+               (:func:`sfumato.networks.scalars.with_scalars`), which is 1 when sampling
+    target     f' is an average of the student's weights with this decay; 0: the student itself, which drifts away from a teacher
+               unless steps are small. None: 0.95 with a teacher, as published; 0 without (Song & Dhariwal, 2023, "Improved
+               Techniques for Training Consistency Models")
     metric     'l2' | 'l1' | 'huber' with ``scale``
+    weighting  of the times: 'uniform', or 'sigma', 1 / sigma_t over its mean. A network of v moves its x0 by
+               sigma_t only, so clean times, whose errors all later times inherit, have little say in 'uniform'
 
     A batch is {"x": data, "cond"}. gamma = 'uniform' at g = 1 is consistency distillation. Sources: Song, Dhariwal, Chen,
     Sutskever, 2023, "Consistency Models"; Luo et al., 2023, "Latent Consistency Models" and "LCM-LoRA"; Wang et al., 2024,
@@ -57,14 +66,17 @@ class Consistency(Objective):
         boundary: str = "x0",
         phases: int = 1,
         gamma: float | str = 1.0,
-        target: float = 0.0,
+        target: float | None = None,
         metric: str = "huber",
         scale: float = 1e-3,
+        weighting: str = "uniform",
         dropout: float | Mapping[str, float] = 0.0,
     ) -> None:
         super().__init__()
         self._times = falling(times)
         steps = len(self._times) - 1
+        if weighting not in WEIGHTINGS:
+            raise InputError(f"weighting = {weighting!r}: use one of {', '.join(WEIGHTINGS)}")
         if not 1 <= skip <= steps or substeps < 1 or not 1 <= phases <= steps or steps % phases:
             raise InputError(
                 f"skip = {skip}, substeps = {substeps}, phases = {phases} with {steps} steps: skip and substeps at least 1, "
@@ -77,6 +89,7 @@ class Consistency(Objective):
             raise InputError(f"gamma = {gamma!r}: 1, or 'uniform' with a teacher")
         if teacher is None and guidance is not None:
             raise InputError("guidance is the teacher's: give a teacher, or guidance=None")
+        target = (0.0 if teacher is None else TARGET) if target is None else target
         if not 0 <= target < 1:
             raise InputError(f"target = {target}: a decay in [0, 1)")
         if gamma != 1 and student.process.coef(float(self._times[0])).alpha < 1e-3:
@@ -85,12 +98,13 @@ class Consistency(Objective):
             )
         readable(student, self._times[:-1].tolist())
         self.student, self.teacher = student, None if teacher is None else Frozen(teacher)
-        self.average = copy.deepcopy(student).requires_grad_(False) if target else None
+        self.average = _twin(student) if target else None
         self.solver: Solver = solvers.registry.make(solver) if isinstance(solver, str) else solver
         if self.solver.stochastic:
             raise InputError(f"{type(self.solver).__name__} draws noise: a sub-path needs a deterministic solver")
         self.skip, self.substeps, self.guidance, self.boundary, self.phases = skip, substeps, guidance, boundary, phases
         self.gamma, self.target, self.metric, self.scale, self.dropout = gamma, target, metric, scale, dropout
+        self.weighting = weighting
 
     def players(self) -> Mapping[str, nn.Module]:
         return {"student": self.student}
@@ -98,7 +112,8 @@ class Consistency(Objective):
     def after_step(self, it: int) -> None:
         if self.average is not None:
             for mean, p in zip(self.average.parameters(), self.student.parameters(), strict=True):
-                mean.lerp_(p, 1 - self.target)
+                if p.requires_grad:
+                    mean.lerp_(p, 1 - self.target)
 
     def forward(self, batch: Mapping[str, Any], ctx: Context, player: str = "student") -> Loss:
         if "x" not in batch:
@@ -117,14 +132,13 @@ class Consistency(Objective):
             aim = self._end(there, y, s, e, ctx.fork("target", cond=self._told(cond, 1.0, x0), look=True))
             last = (s == e).view(-1, *[1] * (x.ndim - 1))
             aim = torch.where(last, y if self.boundary == "x0" else y / process.coef(e).alpha.to(y).view_as(last), aim)
-        share: Any = 1.0
-        sigma = None
+        share, asked = torch.ones_like(t), None
         if self.gamma == "uniform":
             share = unit(streams(ctx)).to(x0.device)
-            x, sigma = self._line(x, y, t, s, share)
-        said = self._end(self.student, x, t, e, ctx.fork(cond=self._told(cond, share, x0)), sigma)
+            x, asked = self._along(x, y, t, s, share)
+        said = self._end(self.student, x, t, e, ctx.fork(cond=self._told(cond, share, x0)), asked)
         error = distance(said, aim, self.metric, self.scale)
-        return Loss(error.mean(), {"error": error.detach().mean()})
+        return Loss((error * self._weight(t).to(error)).mean(), {"error": error.detach().mean()})
 
     def _path(self, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """t, s and the end of the phase, (B,) each."""
@@ -155,6 +169,22 @@ class Consistency(Objective):
         ratio = (1 - share) * a.alpha / b.alpha
         return linear(ratio, y, share, x), ratio * b.sigma + share * a.sigma
 
+    def _along(self, x: Tensor, y: Tensor, t: Tensor, s: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """A state on that line as one of the process, alpha_u / alpha_t times as large, and its time u."""
+        process = self.student.process
+        line, sigma = self._line(x, y, t, s, share)
+        alpha = process.coef(t).alpha
+        u = [process.time(-math.log(n) if n else math.inf) for n in (sigma / alpha).tolist()]
+        asked = torch.as_tensor(u, dtype=t.dtype, device=t.device).clamp(s, t)
+        return linear(process.coef(asked).alpha / alpha, line), asked
+
+    def _weight(self, t: Tensor) -> Tensor:
+        """What an item at time t counts; 1 on average over the times."""
+        if self.weighting == "uniform":
+            return torch.ones_like(t)
+        sigma, every = (self.student.process.coef(v).sigma for v in (t, self._times[:-1]))
+        return 1 / sigma / (1 / every).mean().to(sigma.device)
+
     def _told(self, cond: Mapping[str, Any], share: float | Tensor, like: Tensor) -> Mapping[str, Any]:
         if self.gamma == 1:
             return cond
@@ -162,14 +192,20 @@ class Consistency(Objective):
         return {**cond, "gamma": value}
 
     def _end(
-        self, denoiser: Denoiser, x: Tensor, t: Tensor, e: Tensor, ctx: Context, sigma: Tensor | None = None
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, e: Tensor, ctx: Context, asked: Tensor | None = None
     ) -> Tensor:
-        """f(x, t): what the denoiser says of the end."""
-        post: Posterior = denoiser(x, t, ctx)
-        if sigma is not None:
-            post = replace(post, coef=post.coef._replace(sigma=sigma))
+        """f(x, t): what the denoiser, asked at this time, says of the end."""
+        post: Posterior = denoiser(x, t if asked is None else asked, ctx)
         if self.boundary == "x0":
             c = self.student.process.coef(e)
             return post.at(c.alpha, c.sigma)
-        a, b = boundary_form(self.boundary, post.coef, t)
-        return linear(a, x, b, post.mean)  # type: ignore[no-any-return]
+        coef = self.student.process.coef(t)
+        a, b = boundary_form(self.boundary, coef, t)
+        ratio = 1.0 if asked is None else coef.alpha / post.coef.alpha
+        return linear(a * ratio, x, b, post.mean)  # type: ignore[no-any-return]
+
+
+def _twin(student: Denoiser) -> Denoiser:
+    """A copy that shares what is not trained: of a model with adapters, only those are there twice."""
+    still = {id(p): p for p in student.parameters() if not p.requires_grad}
+    return copy.deepcopy(student, still).requires_grad_(False)
