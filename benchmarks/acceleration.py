@@ -57,9 +57,12 @@ ARMS: dict[str, Arm] = {
     "8-bit integers": integers("onednn"),
     "8-bit integers by onnxruntime": integers("onnxruntime"),
     "8-bit integers by torchao, compiled": integers("torchao"),
-    "token merging, 25 % in attention": inside(acceleration.token_merging(0.25)),
-    "token merging, 50 % in attention": inside(acceleration.token_merging(0.5)),
-    "token merging, 50 % in all parts": inside(acceleration.token_merging(0.5, parts=("attention", "cross", "mlp"))),
+    "token merging, 25 % but for the first blocks": inside(acceleration.token_merging(0.25)),
+    "token merging, 25 % in attention": inside(acceleration.token_merging(0.25, spare=0)),
+    "token merging, 50 % in attention": inside(acceleration.token_merging(0.5, spare=0)),
+    "token merging, 50 % in all parts": inside(
+        acceleration.token_merging(0.5, parts=("attention", "cross", "mlp"), spare=0)
+    ),
     "region-adaptive, 50 % of the tokens": outside(acceleration.region_adaptive(0.5, 4, (12, 20), high=0.0)),
     "region-adaptive, 25 % of the tokens": outside(acceleration.region_adaptive(0.25, 4, (12, 20), high=0.0)),
 }

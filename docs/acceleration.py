@@ -1,5 +1,5 @@
 """Write docs/acceleration.md from docs/acceleration.json, which ``python -m benchmarks.acceleration --json docs/acceleration.json``
-measures, and docs/pareto.json, which ``sfumato compare`` does: ``make docs``. Nothing is measured here."""
+measures, docs/engines.json (``python -m benchmarks.engines``) and docs/pareto.json (``sfumato compare``): ``make docs``. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from sfumato import acceleration
 
 HERE = Path(__file__).parent
-SOURCE, PARETO, PAGE = HERE / "acceleration.json", HERE / "pareto.json", HERE / "acceleration.md"
+SOURCE, PARETO, ENGINES = HERE / "acceleration.json", HERE / "pareto.json", HERE / "engines.json"
+PAGE = HERE / "acceleration.md"
 COMPARED = """sfumato tune emoji-latent --nfe 4 --items 16 --unseen 16 --budget 40 --out tuned-4.json
 sfumato tune emoji-latent --nfe 8 --items 16 --unseen 16 --budget 40 --out tuned-8.json
 sfumato compare emoji-latent --solver ddim --solver arc --nfe 4 --nfe 8 --nfe 20 --nfe 50 \\
@@ -38,6 +39,17 @@ def front(rows: list[Mapping[str, Any]]) -> str:
         lines.append(
             f"| {mark}{r['solver']}{mark} | {r['calls']:g} | {1000 * r['seconds']:.0f} | {q['value']:.4f} [{q['low']:.4f}, {q['high']:.4f}] |"
         )
+    return "\n".join(lines)
+
+
+def engines(d: Mapping[str, Any]) -> str:
+    """A call in 8 bits on each engine."""
+    lines = ["| threads | engine | ms a call | speed | error |", "|---|---|---|---|---|"]
+    for run in d["runs"]:
+        for r in run["rows"]:
+            lines.append(
+                f"| {run['threads']} | {r['engine']} | {1000 * r['seconds']:.0f} | {r['speed']:.2f} x | {r['error']:.1%} |"
+            )
     return "\n".join(lines)
 
 
@@ -75,6 +87,20 @@ Fréchet distance to the training drawings of the prompts in the judge's feature
 
 {arms}
 
+## Eight bits on three engines
+
+`int8` runs on torch's own oneDNN kernels and needs nothing else. `int8(backend='onnxruntime')` computes the same codes as one
+graph (`pip install 'sfumato[onnx]'`), which is made at the first opening and kept; `int8(backend='torchao')` compiles torchao's
+linear layers, whose inputs have a range a token (`pip install 'sfumato[torchao]'`, and a C++ compiler). Both take transformers of
+linear layers and no taps: a call with a cache, merged tokens or attention control runs on torch's kernels. A call of
+{engine_rows} rows of {engine_model} (two a picture under guidance), the least time of 60, and its error from the full network
+(`python -m benchmarks.engines --threads 1 2`):
+
+{engines}
+
+The ranges of `int8` and `quantized` come from 64 runs of the model. They are kept in `$SFUMATO_CACHE` (else `~/.cache/sfumato`) under
+the model's fingerprint and all settings, so that the next opening reads them; commands say which of the two they do.
+
 ## Teacher, solvers, students and accelerations on one picture
 
 ![quality against calls and seconds](pareto.png)
@@ -89,21 +115,21 @@ The {quality}, against real seconds; in bold what nothing beats in both. Calls a
 """
 
 
-def page(d: Mapping[str, Any], pareto: Mapping[str, Any]) -> str:
+def page(d: Mapping[str, Any], pareto: Mapping[str, Any], engine: Mapping[str, Any]) -> str:
     """The whole page."""
     rows = pareto["rows"]
     quality = next(r["quality"] for r in rows if "quality" in r)
     about = {k: d[k] for k in ("model", "n", "steps", "guidance", "torch")}
     about["threads"] = "one thread" if d["threads"] == 1 else f"{d['threads']} threads"
     return PROSE.format(
-        **about, names=names(), arms=arms(d), compared=COMPARED, front=front(rows),
+        **about, engines=engines(engine), engine_rows=engine["rows"], engine_model=engine["model"], names=names(), arms=arms(d), compared=COMPARED, front=front(rows),
         quality=f"{quality['name']} of {quality['n']} pictures to {quality['reference']} in the features of {quality['features']}",
     )  # fmt: skip
 
 
 def write() -> None:
     """Write the page."""
-    PAGE.write_text(page(*(json.loads(path.read_text("utf-8")) for path in (SOURCE, PARETO))), "utf-8")
+    PAGE.write_text(page(*(json.loads(path.read_text("utf-8")) for path in (SOURCE, PARETO, ENGINES))), "utf-8")
 
 
 if __name__ == "__main__":

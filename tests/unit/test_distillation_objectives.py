@@ -249,14 +249,16 @@ def test_at_its_noisy_end_a_subpath_asks_as_consistency_distillation_does(
     )
 
 
-def test_clean_times_count_as_much_as_noisy_ones_in_what_the_network_says() -> None:
-    """'sigma': an error of v moves x0 by sigma times as much, so |x0 - x0'| / sigma = |v - v'|; 1 on average."""
+@pytest.mark.parametrize(("weighting", "power"), [("uniform", 0), ("sigma", 1), ("variance", 2)])
+def test_clean_times_count_as_much_as_noisy_ones_in_what_the_network_says(weighting: str, power: int) -> None:
+    """An error of v moves x0 by sigma times as much: |x0 - x0'| / sigma = |v - v'|. The mean over the times is 1."""
     times = [0.9, 0.6, 0.3, 0.1, 0.0]
-    objective = Consistency(small(process=VP()), times, small(1, VP()), weighting="sigma")
+    objective = Consistency(small(process=VP()), times, small(1, VP()), weighting=weighting)
     t = torch.tensor(times[:-1]).double()
     weights = objective._weight(t)
     torch.testing.assert_close(weights.mean(), torch.ones((), dtype=torch.float64))
-    assert float((weights * VP().coef(t).sigma).std()) < 1e-12
+    scaled = weights * VP().coef(t).sigma ** power
+    torch.testing.assert_close(scaled, scaled[:1].expand(4))
     torch.testing.assert_close(objective._weight(t[:2]), weights[:2])
     with pytest.raises(InputError, match="weighting"):
         Consistency(small(), times, weighting="snr-ish")

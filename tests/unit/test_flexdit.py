@@ -65,6 +65,27 @@ def test_a_module_as_dense_as_the_grid_is_the_inherited_network_but_for_what_is_
     torch.testing.assert_close(net(*args, **cond), dit(*args, **cond), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("module", [(1, 2, 0, 1), (1, 3, 1, 0), (0, 4, 1, 1)])
+def test_with_changes_joined_a_module_as_dense_as_the_grid_is_the_inherited_network(module):
+    """Nothing is to be learnt before the tokens get fewer: the start that `join` = "copy" does not have."""
+    args, cond = given_to()
+    dit = dense()
+    layout = {"pooling": 0, "modules": (module,), "dense": 6 - sum(module), "levels": (8,)}
+    net = inherit(FlexDiT.like(dit, **layout, join="change"), dit)
+    torch.testing.assert_close(net(*args, **cond), dit(*args, **cond), atol=1e-5, rtol=1e-4)
+    copied = inherit(FlexDiT.like(dit, **layout), dit)
+    with torch.no_grad():
+        assert float((copied(*args, **cond) - dit(*args, **cond)).norm()) > 0.01 * float(dit(*args, **cond).norm())
+
+
+def test_changes_of_tokens_that_are_alike_lose_nothing_by_pooling():
+    """Where all tokens of a cell are equal, so is what is done to them, and joining gives it back."""
+    join, z, y = Join(4, open=True), torch.randn(2, 4, 4), torch.randn(2, 4, 4)
+    dense_tokens = F.interpolate(y.mT.unflatten(2, (2, 2)), scale_factor=2).flatten(2).mT
+    expected = F.interpolate(z.mT.unflatten(2, (2, 2)), scale_factor=2).flatten(2).mT
+    torch.testing.assert_close(join(z - y, dense_tokens, (2, 2), (4, 4)), expected)
+
+
 def test_a_recovering_block_at_full_density_is_an_ordinary_one():
     args, cond = given_to()
     dit = dense()
@@ -180,7 +201,7 @@ def test_tokens_of_its_blocks_are_merged_but_where_attention_is_a_mean():
         block.attention.query.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
     d = sf.parametrized(net, processes.Flow(), "flow")
     with torch.no_grad():
-        token_merging(0.5)(d)(torch.randn(2, 2, 8, 8), 0.5, sf.Context.of(2))
+        token_merging(0.5, spare=0)(d)(torch.randn(2, 2, 8, 8), 0.5, sf.Context.of(2))
     assert seen == [8, 8, 32, 32]
 
 
@@ -195,6 +216,7 @@ def test_refusals():
         (lambda: FlexDiT(2, modules=((1, 2, 1),)), "four numbers"),
         (lambda: FlexDiT(2, modules=((0, 0, 0, 0),)), "four numbers"),
         (lambda: FlexDiT(2, depth=4), "layout"),
+        (lambda: FlexDiT(2, join="odd"), "'copy' or 'change'"),
         (lambda: FlexDiT(2, levels=(9,), **OPTIONS), "1 to 8"),
         (lambda: FlexDiT(2, levels=(), **OPTIONS), "levels"),
         (lambda: FlexDiT(2, levels=(2, 4), bounds=(0.5, 0.2), **OPTIONS), "bounds"),

@@ -109,6 +109,21 @@ def test_the_attention_runs_on_the_declared_number_of_tokens():
     assert seen == [16, 64 - 19, 64, 35 - 17]
 
 
+def test_the_first_quarter_of_a_transformer_is_left_alone_and_nothing_of_a_u_net():
+    torch.manual_seed(0)
+    deep = networks.DiT(2, size=8, patch=1, width=16, depth=8, heads=2)
+    d = sf.parametrized(deep.eval().requires_grad_(False), processes.Flow(), "flow")
+    seen: dict[int, int] = {}
+    for i, block in enumerate(deep.blocks):
+        block.attention.query.register_forward_hook(lambda m, given, out, i=i: seen.update({i: out.shape[1]}))
+    for options, merged in [({}, range(2, 8)), ({"spare": 0}, range(8)), ({"spare": 5}, range(5, 8))]:
+        run(token_merging(0.25, **options)(d), steps=1, cond={})
+        assert seen == {i: 48 if i in merged else 64 for i in range(8)}
+    assert token_merging()(denoiser("unet")).spare == 0
+    with pytest.raises(InputError, match="8 blocks"):
+        token_merging(spare=8)(d)
+
+
 def test_destinations_are_drawn_from_the_item_the_step_and_the_block_and_from_nothing_else():
     d = denoiser()
     wrapped = token_merging(0.5)(d)

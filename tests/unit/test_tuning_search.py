@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -237,6 +238,30 @@ def test_evolution_climbs_and_the_ranking_saves_evaluations():
     assert ranked < plain < 4 * min(24 - sum(c) for c in start)
     broken = evolution.run(lambda c: float("nan"), start, budget=20)
     assert broken.tried[0][1] == float("inf")
+
+
+def test_several_networks_rank_better_than_one():
+    """Few noisy figures of a hidden order: the mean of four rankings agrees more with it than one does, over many draws."""
+    weights = [math.sin(3 * i) for i in range(10)]
+
+    def agreement(nets, seed):
+        draw = random.Random(seed)
+
+        def items(n):
+            return [tuple(draw.randint(0, 1) for _ in range(10)) for _ in range(n)]
+
+        def value(c):
+            return math.exp(sum(w * bit for w, bit in zip(weights, c, strict=True)))
+
+        tried = {c: value(c) * math.exp(draw.gauss(0, 0.7)) for c in items(40)}
+        pool = items(200)
+        found = Ranking(lambda c: [float(bit) for bit in c], nets=nets, seed=seed)(list(tried.items()), pool)
+        known = torch.tensor([value(c) for c in pool]).argsort().argsort().double()
+        ranks = torch.tensor(found).argsort().argsort().double()
+        return float(torch.corrcoef(torch.stack([known, ranks]))[0, 1])
+
+    one, four = (sum(agreement(n, seed) for seed in range(6)) / 6 for n in (1, 4))
+    assert four > one > 0.3
 
 
 def test_blocks_that_keep_their_shape_can_be_left_out_at_some_steps():

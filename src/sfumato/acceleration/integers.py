@@ -108,10 +108,10 @@ def int8(
     integer dot products (AVX512-VNNI, AVX-VNNI, AMX).
 
     backend  "onednn"       torch's own kernels; needs nothing else, takes convolutions, any shape and taps
-             "onnxruntime"  the same codes as one graph (extra ``onnx``), for linear layers and items of one shape: 1.3 to 1.5 x the
-                            speed of the default on the bundled transformer; ten seconds at the first opening
+             "onnxruntime"  the same codes as one graph (extra ``onnx``), for linear layers and items of one shape: 1.35 x the speed
+                            of the default on the bundled transformer; ten seconds at the first opening
              "torchao"      linear layers of torchao under torch.compile (extra ``torchao``, and a C++ compiler): each token has
-                            a range of its own, so it is the nearest to the full network; 1.25 x the speed of the default
+                            a range of its own, so it is the nearest to the full network; 1.2 x the speed of the default
                             there, a minute at the first call of a shape
 
     The two other engines need the calibration set, whose items show what the network reads. A call with taps (a cache, token

@@ -28,12 +28,13 @@ class Pooled(nn.Module):
 
 
 class Join(nn.Module):
-    """up(sparse, nearest on the dense grid) + keep(dense); at the start it is the dense tokens."""
+    """up(sparse, nearest on the dense grid) + keep(dense): the dense tokens at the start, or with ``open`` their sum."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, open: bool = False) -> None:
         super().__init__()
         self.up, self.keep = zero(Linear(width, width, bias=False)), Linear(width, width, bias=False)
-        nn.init.eye_(self.keep.weight)
+        for layer in (self.up, self.keep) if open else (self.keep,):
+            nn.init.eye_(layer.weight)
 
     def forward(self, sparse: Tensor, dense: Tensor, small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         cells = self.up(sparse).mT.unflatten(2, small)
@@ -47,11 +48,15 @@ class FlexDiT(DiT):
     A module (merge, sparse, recover, dense) pools the grid to s x s tokens z, then has so many blocks of
       merge    z attends to the dense tokens y
       sparse   an ordinary block on z
-      recover  u attends to z, where u = W_1 up(z) + W_2 y (W_1 = 0, W_2 = 1 at the start)
+      recover  u attends to z, where u = W_1 up(z) + W_2 y (see `join`)
       dense    an ordinary block on u
     and hands u on. Each block has the parts of a DiT's, and its cross-attention to text, so that `inherit` fills it with the
     layer of a trained DiT at its depth.
 
+    join    "copy": as published, W_1 = 0 and W_2 = 1 at the start, so that what the sparse layers make has to be learnt;
+            "change": u = W_1 up(z - pooled y) + W_2 y with W_1 = W_2 = 1 at the start. What the sparse layers add to their
+            tokens is then added to the dense ones: a network that inherits all its layers, and pools none of them, is the
+            one it inherits from where s is the side of the grid, and near it where the tokens of a cell are alike
     levels  s for a picture of `size`, from most noise to least; other sizes have as large a share of their grid
     bounds  the labels, falling, at which the next level begins; by default equal parts of [0, 1]. A pure function of an
             item's label: items of one batch are run level by level and do not depend on each other. With several levels the
@@ -70,6 +75,7 @@ class FlexDiT(DiT):
         pooling: int = 1,
         modules: Sequence[Sequence[int]] = ((1, 2, 1, 1),),
         dense: int = 1,
+        join: str = "copy",
         levels: Sequence[int] = (4,),
         bounds: Sequence[float] | None = None,
         **options: Any,
@@ -80,6 +86,8 @@ class FlexDiT(DiT):
                 f"pooling = {pooling}, modules = {layout}, dense = {dense}: not negative, and a module is four numbers of blocks "
                 "(merge, sparse, recover, dense)"
             )
+        if join not in ("copy", "change"):
+            raise InputError(f"join = {join!r}: 'copy' or 'change'")
         if "depth" in options:
             raise InputError("depth follows from the layout: pooling + the modules + dense")
         super().__init__(channels, depth=pooling + sum(map(sum, layout)) + dense, **options)
@@ -92,7 +100,8 @@ class FlexDiT(DiT):
         self.pooling, self.layout, self.levels, self.bounds = pooling, layout, tuple(levels), tuple(bounds)
         for block in self.blocks[:pooling]:
             block.attention = Pooled(width)
-        self.joins = nn.ModuleList(Join(width) for _ in layout)
+        self.changes = join == "change"
+        self.joins = nn.ModuleList(Join(width, self.changes) for _ in layout)
         self.accepts = self.accepts - {"active"}
 
     @classmethod
@@ -122,12 +131,12 @@ class FlexDiT(DiT):
         )
         sparse = rotary_at(rows, columns, self.head, y)
         for (merge, few, recover, dense), join in zip(self.layout, self.joins, strict=True):
-            z = F.adaptive_avg_pool2d(y.mT.unflatten(2, e.grid), small).flatten(2).mT
+            z = pooled = F.adaptive_avg_pool2d(y.mT.unflatten(2, e.grid), small).flatten(2).mT
             for _ in range(merge):
                 z = next(blocks)(z, e.shared, e.context, sparse, y, e.rotary)
             for _ in range(few):
                 z = next(blocks)(z, e.shared, e.context, sparse)
-            y = join(z, y, small, e.grid)
+            y = join(z - pooled if self.changes else z, y, small, e.grid)
             for _ in range(recover):
                 y = next(blocks)(y, e.shared, e.context, e.rotary, z, sparse)
             for _ in range(dense):

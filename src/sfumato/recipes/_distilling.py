@@ -57,12 +57,16 @@ class Bed:
         fields = {"x": self.x if x is None else x, "y": self.labels}
         return learn(objective, fields, mix(self.seed, 2), steps=steps, size=128, cond=("y",)).requires_grad_(False)
 
-    def tuned(self, teacher: Any, x: Tensor, steps: int = 500) -> Any:
-        """The teacher trained further on other data, of the same labels."""
-        objective = Denoising(student(teacher))
-        return learn(
-            objective, {"x": x, "y": self.labels}, mix(self.seed, 3), steps=steps, size=128, lr=1e-3, cond=("y",)
-        )
+    def tuned(self, teacher: Any, x: Tensor, steps: int = 500, ends: bool = False) -> Any:
+        """The teacher trained further on other data, of the same labels: all of it, or its first and last layer only."""
+        learner = student(teacher)
+        if ends:
+            learner.requires_grad_(False)
+            for layer in (learner.net.input, learner.net.output):
+                layer.requires_grad_()
+        rate = 1e-2 if ends else 1e-3
+        fields = {"x": x, "y": self.labels}
+        return learn(Denoising(learner), fields, mix(self.seed, 3), steps=steps, size=128, lr=rate, cond=("y",))
 
     def pairs(self, teacher: Any, n: int, scale: float = 1.0, steps: int = 12, keep: Any = "ends") -> dict[str, Tensor]:
         """Matched noise and samples of the guided teacher: 'states' (n, K, 64) and labels 'y'."""

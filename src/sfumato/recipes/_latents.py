@@ -11,7 +11,7 @@ import sfumato as sf
 from sfumato.core import Context, Streams, mix
 from sfumato.denoisers.features import network
 from sfumato.guidance import cfg
-from sfumato.objectives import Denoising
+from sfumato.objectives.distill.imitation import Imitation
 from sfumato.recipes._emoji import bench
 from sfumato.training import Trainer
 from sfumato.training.data import Arrays, Batches
@@ -33,14 +33,14 @@ class Bed:
         self.noise = [Streams.of(mix(seed, k), len(self.y)).normal(self.y) for k in range(len(TIMES))]
 
     def tuned(self, net: nn.Module, updates: int, size: int = 32, lr: float = 1e-3) -> Any:
-        """The network as a denoiser, taught on the same batches as every other."""
+        """The network as a denoiser, taught to say what the bundled one says, on the same batches as every other."""
         denoiser = sf.parametrized(
             net.requires_grad_(True).train(), self.base.process, self.base.predicts, null=self.base.null
         )
         cond = self.known.cond
         data = Batches(Arrays({"x": self.x, **cond}), size, self.seed, cond=tuple(cond))
         options: dict[str, Any] = {"warmup": 10, "decay": "cosine", "ema": 0.9, "cpu": True, "progress": False}
-        trainer = Trainer(Denoising(denoiser), data, steps=updates, lr=lr, seed=self.seed, **options)
+        trainer = Trainer(Imitation(denoiser, self.base), data, steps=updates, lr=lr, seed=self.seed, **options)
         return next(iter(trainer.fit().values())).eval().requires_grad_(False)
 
     @torch.no_grad()

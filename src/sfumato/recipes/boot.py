@@ -27,7 +27,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "without boundary": {"boundary": 0.0},
     "states, not signals": {"signal": False},
 }
-STEPS, SCALE = 2000, 1.5
+STEPS, DIGITS, SCALE = {2: 1000, 8: 3000}, 2000, 1.5
 CITATION = """@article{gu2023boot,
   title = {BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping},
   author = {Gu, Jiatao and Zhai, Shuangfei and Zhang, Yizhe and Liu, Lingjie and Susskind, Josh},
@@ -62,9 +62,11 @@ def coupled(d: int, seed: int, n: int = 1000) -> tuple[dict[str, float], dict[st
         f"DDIM, {k}": core.sample(teacher, solvers.get("ddim"), grids.get("uniform"), k, x=x) for k in (1000, 4, 2, 1)
     }
     for name, options in ARMS.items():
+        if d > 2 and "signal" in options:  # shown in the plane, in no check
+            continue
         torch.manual_seed(mix(seed, 3) % 10**6)
         begun = parametrized(MLP(d, width=128, depth=3), process, "x0")
-        learner = fit(Bootstrap(begun, teacher, (d,), delta=0.04, **options), mix(seed, 4), STEPS)
+        learner = fit(Bootstrap(begun, teacher, (d,), delta=0.04, **options), mix(seed, 4), STEPS[d])
         drawn[name] = core.sample(learner, solvers.get("ddim"), grids.get("uniform"), 1, x=x)
     end = drawn["DDIM, 1000"]
     errors = {k: float((y - end).square().sum(1).mean()) for k, y in drawn.items() if k != "DDIM, 1000"}
@@ -86,9 +88,10 @@ def picture(drawn: dict[str, Tensor], errors: dict[int, dict[str, float]], rows:
             ax.set_box_aspect(1)
         kinds = [k for k in errors[2]]
         for d, marker in ((2, "o"), (8, "s")):
+            known = [k for k in kinds if k in errors[d]]
             axes[4].scatter(
-                [errors[d][k] for k in kinds],
-                range(len(kinds)),
+                [errors[d][k] for k in known],
+                [kinds.index(k) for k in known],
                 marker=marker,
                 s=28,
                 color=plots.INK if d == 8 else plots.ACCENT,
@@ -121,7 +124,7 @@ def boot(seed: int) -> Findings:
         return {"cond": {"y": torch.arange(128 * it, 128 * (it + 1)) % 10}}
 
     objective = Bootstrap(student(teacher), cfg(SCALE)(teacher), (64,), delta=0.04)
-    learner = fit(objective, mix(seed, 6), STEPS, labels, lr=1e-3)
+    learner = fit(objective, mix(seed, 6), DIGITS, labels, lr=1e-3)
     rows = {
         "BOOT, one call": bed.samples(learner, 1), "DDIM, 4 calls": bed.samples(teacher, 4, SCALE),
         "DDIM, 50 calls": bed.samples(teacher, 50, SCALE),
@@ -155,9 +158,13 @@ def boot(seed: int) -> Findings:
         ],
         nfe={"BOOT": 1, "DDIM": 4},
         data=f"mixtures of 8 Gaussians in 2-D and 8-D whose belief is exact, 1000 starts each; {DATA}; the students draw noise only",
-        model=f"MLPs: width 128 from scratch for mixtures, the teacher's own weights for digits (v, VP); {STEPS} updates, delta 0.04",
+        model=f"MLPs: width 128 from scratch for mixtures, the teacher's own weights for digits (v, VP); {STEPS[2]} updates in "
+        f"2-D, {STEPS[8]} in 8-D, {DIGITS} on digits, delta 0.04, the boundary on a quarter of the items",
         notes="Errors: "
         + "; ".join(f"{d}-D {', '.join(f'{k} {v:.3g}' for k, v in e.items())}" for d, (e, _, _) in found.items())
-        + f". FD on digits: one call {ours:.3g}, DDIM-4 {four:.3g}, DDIM-50 {fine:.3g}.",
+        + f". FD on digits: one call {ours:.3g}, DDIM-4 {four:.3g}, DDIM-50 {fine:.3g}. "
+        "The length in 8-D was chosen on seed 100. Where leaving the boundary out costs nothing: the exact DDIM step in the signal keeps the share "
+        "alpha_t sigma_s / (sigma_t alpha_s) of an error, 0.68 of one at t = 1, and of VP's boundary 0.02 is left at t = 0.5; what the "
+        "teacher says on the way decides.",
         picture=picture(found[2][2], {d: e for d, (e, _, _) in found.items()}, rows),
     )

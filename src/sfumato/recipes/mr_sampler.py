@@ -117,6 +117,8 @@ def mr_sampler(seed: int) -> Findings:
         "smooth in t. No grid mends that: of seven, on seed 100, the best gave 2M 0.014 (inpainting) and 0.013 with 10 calls, Euler with 100 "
         "0.006 and 0.002. On quadratic times with a polynomial in t, which is not the published method, it is 0.0035 and 0.0031. "
         + "; ".join(f"{n}: {a:.2f} dB, {b:.3f}" for n, (a, b) in found.items())
-        + f"; observation {seen:.2f} dB. PSNR rewards the blur of few stochastic steps; the distance does not.",
+        + f"; observation {seen:.2f} dB. PSNR rewards the blur of few stochastic steps; the distance does not. "
+        "Posterior sampling's lead in PSNR is that of the equation with noise over the flow: with 100 calls 2M is 0.22 dB behind it too (seeds "
+        "100 and 101), and teaching for 2,500 steps lifts both by 1 dB.",
         picture=picture(beds, rows),
     )

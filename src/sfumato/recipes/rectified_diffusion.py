@@ -17,7 +17,7 @@ from sfumato.recipes import _plots as plots
 from sfumato.recipes._distilling import DATA, GREY, Bed, student, trace
 from sfumato.recipes._small import learn, pictures
 
-SCALE, STEPS, PAIRS = 1.5, 1500, 6000
+SCALE, TEACHING, STEPS, PAIRS, PHASED = 1.5, 5000, 1500, 6000, 1000
 LAW = DDPM("scaled_linear")  # of Stable Diffusion: alpha = 0.068 at its end
 STRAIGHT = 0.93  # where the flow begins: the law has no noisier state
 CITATION = """@article{wang2024rectified,
@@ -53,6 +53,33 @@ def picture(rows: dict[str, Tensor], curves: dict[str, list[float]], bars: dict[
         return plots.image(made)
 
 
+def retrained(bed: Bed, teacher: Any, pairs: dict[str, Tensor]) -> dict[str, Any]:
+    """The teacher's weights retrained on its pairs: with shuffled noise, on straight paths as a flow, and as it is."""
+    ends = pairs["states"]
+    wrong = ends.clone()
+    wrong[:, 0] = wrong[torch.randperm(PAIRS, generator=torch.Generator().manual_seed(bed.seed)), 0]
+    x1, x0 = ends.unbind(1)
+    straight = torch.stack([(1 - STRAIGHT) * x0 + STRAIGHT * x1 / LAW.coef(1.0).sigma, x0], 1)
+
+    def taught(objective: Any, states: Tensor) -> Any:
+        fields = {"states": states, "y": pairs["y"]}
+        return learn(objective, fields, mix(bed.seed, 6), steps=STEPS, size=128, lr=1e-3, cond=("y",))
+
+    def own() -> Segments:
+        return Segments(student(teacher), [1.0, 0.0], inside=1.0, read="x0", metric="huber", dropout=0.05)
+
+    flow = Segments(converted(student(teacher), Flow()), [STRAIGHT, 0.0], inside=1.0, read="flow", dropout=0.05)
+    return {"shuffled": taught(own(), wrong), "reflow": taught(flow, straight), "rectified": taught(own(), ends)}
+
+
+def phased(bed: Bed, teacher: Any) -> Any:
+    """First-order within each of four phases, from noised data on."""
+    phases = [1.0, 0.75, 0.5, 0.25, 0.0]
+    objective = Segments(student(teacher), phases, cfg(SCALE)(teacher), substeps=10, inside=1.0, metric="huber")
+    data = {"x": bed.x, "y": bed.labels}
+    return learn(objective, data, mix(bed.seed, 7), steps=PHASED, size=128, lr=1e-3, cond=("y",))
+
+
 @recipe(
     "rectified-diffusion",
     kind="objective",
@@ -63,36 +90,15 @@ def picture(rows: dict[str, Tensor], curves: dict[str, list[float]], bars: dict[
 )
 def rectified_diffusion(seed: int) -> Findings:
     bed = Bed(seed)
-    teacher = bed.teacher(LAW, "eps")
-    pairs = bed.pairs(teacher, PAIRS, SCALE)
-    wrong = pairs["states"].clone()
-    wrong[:, 0] = wrong[torch.randperm(PAIRS, generator=torch.Generator().manual_seed(seed)), 0]
-    flow = converted(student(teacher), Flow())
-    x1, x0 = pairs["states"].unbind(1)
-    straight = torch.stack([(1 - STRAIGHT) * x0 + STRAIGHT * x1 / LAW.coef(1.0).sigma, x0], 1)
-
-    def taught(objective: Any, states: Tensor) -> Any:
-        fields = {"states": states, "y": pairs["y"]}
-        return learn(objective, fields, mix(seed, 6), steps=STEPS, size=128, lr=1e-3, cond=("y",))
-
-    def own(denoiser: Any) -> Segments:
-        return Segments(denoiser, [1.0, 0.0], inside=1.0, read="x0", metric="huber", dropout=0.05)
-
-    rectified = taught(own(student(teacher)), pairs["states"])
-    shuffled = taught(own(student(teacher)), wrong)
-    reflow = taught(Segments(flow, [STRAIGHT, 0.0], inside=1.0, read="flow", dropout=0.05), straight)
-    phases = [1.0, 0.75, 0.5, 0.25, 0.0]
-    objective = Segments(student(teacher), phases, cfg(SCALE)(teacher), substeps=10, inside=1.0, metric="huber")
-    data = {"x": bed.x, "y": bed.labels}
-    phased = learn(objective, data, mix(seed, 7), steps=400, size=64, lr=1e-3, cond=("y",))
-
+    teacher = bed.teacher(LAW, "eps", TEACHING)
+    found = retrained(bed, teacher, bed.pairs(teacher, PAIRS, SCALE))
     models = {
-        "teacher": (teacher, SCALE, 1.0), "shuffled": (shuffled, 1.0, 1.0), "reflow": (reflow, 1.0, STRAIGHT),
-        "rectified": (rectified, 1.0, 1.0),
-    }  # fmt: skip
+        "teacher": (teacher, SCALE, 1.0),
+        **{k: (m, 1.0, STRAIGHT if k == "reflow" else 1.0) for k, m in found.items()},
+    }
     drawn = {k: {n: bed.samples(m, n, scale, start=t) for n in (1, 2, 4)} for k, (m, scale, t) in models.items()}
     curves = {k: [bed.distance(x) for x in v.values()] for k, v in drawn.items()}
-    four = bed.distance(bed.samples(phased, 4))
+    four = bed.distance(bed.samples(phased(bed, teacher), 4))
     noise = torch.randn(400, 64, generator=torch.Generator().manual_seed(seed))
     cond = {"y": torch.arange(400) % 10}
     lines = {
@@ -122,8 +128,9 @@ def rectified_diffusion(seed: int) -> Findings:
         checks,
         nfe={"rectified, shuffled, reflow": 1, "phased": 4, "teacher of the pairs": 12},
         data=f"{DATA}; {PAIRS} pairs of the teacher, guidance {SCALE:g}",
-        model="MLP of 0.6 million parameters (eps, the schedule of Stable Diffusion), taught in this run for 2000 steps; students for 1500, phased for 400 of 64",
+        model=f"MLP of 0.6 million parameters (eps, the schedule of Stable Diffusion), taught in this run for {TEACHING} "
+        f"steps; students for {STEPS}, phased for {PHASED}",
         notes=f"Distances of 1200 samples in 32 features of the judge. Reflow reads the same network as a flow from t = {STRAIGHT:g}, "
-        "the noisiest state that the schedule has. One seed a run.",
+        "the noisiest state that the schedule has. The lengths of the teacher's and of the phased training were chosen on seed 100.",
         picture=picture({f"{k}, one call": v[1] for k, v in drawn.items()}, curves, lines),
     )

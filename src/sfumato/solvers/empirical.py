@@ -153,9 +153,8 @@ class DPMSolverV3(Solver):
         """x / alpha where the newest belief was read, from (x / alpha, lambda, how many beliefs to go through)."""
         y, low, nodes = base
         pseudo = self.corrector == "pseudo"
-        used = (
-            (history[1], history[0], *history[2:nodes]) if pseudo else history[:nodes]
-        )  # the node it leaves comes first
+        # pseudo derivatives are those at the node that the step left
+        used = (history[1], history[0], *history[2:nodes]) if pseudo else history[:nodes]
         return self._moved(y, low, history[0][0], used, pseudo)
 
     def _level(self, lam: float, like: Any) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.core import InputError
+from sfumato.core import InputError, mix
 
 C = TypeVar("C", bound=Hashable)
 
@@ -125,9 +125,10 @@ class Evolution(Generic[C]):
 
 @dataclass
 class Ranking(Generic[C]):
-    """Foretells the order of candidates from the evaluated ones: a small network with a pairwise hinge loss.
+    """Foretells the order of candidates from the evaluated ones: small networks with a pairwise hinge loss.
 
     encode  candidate -> numbers, always as many
+    nets    how many networks are averaged: one alone, of some dozens of evaluations, is no better than none
     prior   where the encoding holds a foretold figure, its place: the network learns what to add to it
     """
 
@@ -135,6 +136,7 @@ class Ranking(Generic[C]):
     prior: int | None = None
     steps: int = 150
     width: int = 32
+    nets: int = 4
     least: int = 24
     seed: int = 0
     _known: dict[C, Sequence[float]] = field(default_factory=dict)
@@ -148,10 +150,10 @@ class Ranking(Generic[C]):
             return first(wanted).tolist()
         x, scores = x[known], scores[known]
         mean, std = x.mean(0), x.std(0).clamp(min=1e-3)
-        net = self._learn((x - mean) / std, scores, first(x))
+        nets = [self._learn((x - mean) / std, scores, first(x), mix(self.seed, k)) for k in range(self.nets)]
         wanted_prior, wanted = first(wanted), ((wanted - mean) / std).clamp(-5, 5)
         with torch.no_grad():
-            ranks = net(wanted)[:, 0] + wanted_prior
+            ranks = torch.stack([net(wanted)[:, 0] for net in nets]).mean(0) + wanted_prior
         return torch.where(ranks.isfinite(), ranks, math.inf).tolist()
 
     def _features(self, candidates: Sequence[C]) -> Tensor:
@@ -160,8 +162,9 @@ class Ranking(Generic[C]):
                 self._known[c] = self.encode(c)
         return torch.tensor([self._known[c] for c in candidates], dtype=torch.float32)
 
-    def _learn(self, x: Tensor, scores: Tensor, prior: Tensor) -> nn.Module:
-        draw = torch.Generator().manual_seed(self.seed)
+    def _learn(self, x: Tensor, scores: Tensor, prior: Tensor, seed: int) -> nn.Module:
+        """One network that adds to the prior what puts the evaluated candidates in order."""
+        draw = torch.Generator().manual_seed(seed)
         first, last = nn.Linear(x.shape[1], self.width), nn.Linear(self.width, 1)
         net = nn.Sequential(first, nn.SiLU(), last)
         with torch.no_grad():

@@ -18,7 +18,7 @@ from sfumato.objectives.denoising import drop
 from sfumato.objectives.distill._common import distance, falling, moved, one_of, readable, streams
 from sfumato.objectives.times import unit
 
-WEIGHTINGS, TARGET = ("uniform", "sigma"), 0.95
+WEIGHTINGS, TARGET = {"uniform": 0, "sigma": 1, "variance": 2}, 0.95
 
 
 class Consistency(Objective):
@@ -45,8 +45,9 @@ class Consistency(Objective):
                unless steps are small. None: 0.95 with a teacher, as published; 0 without (Song & Dhariwal, 2023, "Improved
                Techniques for Training Consistency Models")
     metric     'l2' | 'l1' | 'huber' with ``scale``
-    weighting  of the times: 'uniform', or 'sigma', 1 / sigma_t over its mean. A network of v moves its x0 by
-               sigma_t only, so clean times, whose errors all later times inherit, have little say in 'uniform'
+    weighting  of the times: 'uniform', 'sigma' (1 / sigma_t over its mean) or 'variance' (1 / sigma_t^2). A network of v moves
+               its x0 by sigma_t only, so clean times, whose errors all noisier ones inherit, have little say in 'uniform';
+               'sigma' of 'l1' and 'variance' of 'l2' are the distance of v
 
     A batch is {"x": data, "cond"}. gamma = 'uniform' at g = 1 is consistency distillation. Sources: Song, Dhariwal, Chen,
     Sutskever, 2023, "Consistency Models"; Luo et al., 2023, "Latent Consistency Models" and "LCM-LoRA"; Wang et al., 2024,
@@ -180,10 +181,9 @@ class Consistency(Objective):
 
     def _weight(self, t: Tensor) -> Tensor:
         """What an item at time t counts; 1 on average over the times."""
-        if self.weighting == "uniform":
-            return torch.ones_like(t)
+        power = WEIGHTINGS[self.weighting]
         sigma, every = (self.student.process.coef(v).sigma for v in (t, self._times[:-1]))
-        return 1 / sigma / (1 / every).mean().to(sigma.device)
+        return sigma**-power / (every**-power).mean().to(sigma.device)
 
     def _told(self, cond: Mapping[str, Any], share: float | Tensor, like: Tensor) -> Mapping[str, Any]:
         if self.gamma == 1:
