@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sfumato import networks
 from sfumato.core import InputError
 from sfumato.denoisers import lora
 
@@ -57,6 +58,22 @@ def test_a_new_adapter_changes_nothing_and_only_it_is_trained(net: Net, x: Tenso
     assert adapted.first.base.weight.data_ptr() == net.first.weight.data_ptr()
     adapted(x).square().sum().backward()
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_networks_that_read_text_take_adapters_in_all_their_layers(kind: str) -> None:
+    """Blocks ask their linear layers for widths, which an adapted layer says as the layer in it does."""
+    sizes = {
+        "dit": {"size": 4, "patch": 1, "width": 32, "depth": 2, "heads": 2},
+        "unet": {"width": 8, "multipliers": (1, 2), "attention": True},
+    }
+    torch.manual_seed(0)
+    made = networks.build(kind, {"channels": 3, "context_channels": 6, "vector_channels": 5, **sizes[kind]}).eval()
+    told = {"text": torch.randn(2, 4, 6), "text_mask": torch.ones(2, 4, dtype=torch.bool), "vector": torch.randn(2, 5)}
+    given = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.7])
+    adapted = lora.inject(made, 2)
+    torch.testing.assert_close(adapted(*given, **told), made(*given, **told))
+    assert sum(isinstance(m, lora.Adapted) for m in adapted.modules()) > 8
 
 
 def test_merging_is_injecting_and_leaves_the_base_alone(net: Net, x: Tensor) -> None:

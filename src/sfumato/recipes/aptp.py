@@ -141,8 +141,8 @@ def aptp(seed: int) -> Findings:
         model=f"emoji-latent (8 blocks, 3 heads of attention and of cross-attention, 12 MLP groups); {PRUNE} steps for router and codes, with 512 prompts and 12 drawings each, {TUNE} of {BATCH} drawings for the experts, which learn what the full network says",
         notes=f"Mean costs: {', '.join(f'{k} {v:.3f}' for k, v in work.items())}; experts {', '.join(f'{c:.2f}' for c in costs.tolist())}. Losses: "
         f"{', '.join(f'{k} {v:.4f}' for k, v in losses.items())}. Fréchet: {', '.join(f'{k} {v:.3f}' for k, v in fd.items())}. Information with categories {mutual[0]:.3f}, "
-        f"shuffled {mutual[1]:.3f}, k-means {mutual[2]:.3f}. Codes begin at evenly shared groups of prompts, without transport in the book; the weight of the contrast is the published 100; both, the steps "
-        "and the rates were chosen on seed 100. Left out: the distance of block outputs, three seeds of the run without transport, longer trainings. Where a check fails: an expert meets a quarter of the "
+        f"shuffled {mutual[1]:.3f}, k-means {mutual[2]:.3f}. Codes begin at evenly shared groups of prompts, without transport in the book; the weight of the contrast is the published 100; both "
+        "and the rates were chosen on seed 100, then steps (and with them the experts' rate) cut to the time of a recipe without another look. Left out: the distance of block outputs, three seeds of the run without transport, longer trainings. Where a check fails: an expert meets a quarter of the "
         "drawings that the one network meets, a few of each kind in all, which is too little to become better at its kind; and the contrast at a temperature of 0.03 tells each prompt from all others "
         "rather than kinds of prompts from each other, so that experts follow the categories less than k-means of the prompts does.",
         picture=picture(bed, gates, costs.tolist(), index, rows, losses),
