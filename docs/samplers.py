@@ -117,6 +117,23 @@ def tuned(d: Row) -> str:
     )
 
 
+def libraries(d: Row, budget: Row) -> str:
+    """``arc`` over the best of k-diffusion and azula at each place."""
+    calls = sorted({r["calls"] for r in d["ratios"]})
+    found = {(r["case"], r["calls"]): r for r in d["ratios"]}
+    lines = [
+        [case, *(_versus(found[case, n]) for n in calls)] for case in dict.fromkeys(r["case"] for r in d["ratios"])
+    ]
+    s = d["summary"]
+    above = "; ".join(f"{r['case']}, {r['calls']} calls: {r['best peer']}" for r in d["ratios"] if r["ratio"] > 1)
+    kept = s["geometric mean"] <= budget["geometric mean"] and s["worst"] <= budget["worst"]
+    return table(["case", *(f"{n} calls" for n in calls)], lines) + (
+        f"\n\nGeometric mean {s['geometric mean']:.2f}, by rms {s['geometric mean of rms']:.2f}; {s['above 1']} of {s['of']} are above 1 "
+        f"({above}). Against so many settings the budget of {budget['geometric mean']:g} and never above {budget['worst']:g} is "
+        f"{'kept' if kept else 'missed'}."
+    )
+
+
 def costs(d: Row) -> str:
     """Microseconds a step outside the network and memory."""
     rows = [(f"{r['who']} `{r['sampler']}`", r["microseconds"], r["kilobytes"]) for r in d["costs"]]
@@ -224,8 +241,15 @@ torch holds during 100 steps.
   sigma (they round it to a label under Karras and logSNR spacing); for flow, those that begin at sigma = 0.999 are handed the
   state there; a solver of two calls a step takes as many steps as the budget allows. Of twelve settings (nine for flow) the best
   one counts, chosen anew for each case and number of calls, while ours is one setting.
-- k-diffusion and azula need torchvision, so they are no part of this run and `arc` was not measured against them in its present
-  form: `benchmarks/solvers_k_diffusion.py` says how to make their environment.
+- k-diffusion and azula need torchvision, so they are no part of this run: their own is below.
+
+## Beside k-diffusion and azula
+
+The exact cases again, in an environment of their own (`benchmarks/solvers_k_diffusion.py` says how it is made; `python -m
+benchmarks.solvers_k_diffusion --json docs/samplers-peers.json`): `arc`, one setting, over the best of {settings} of theirs, chosen anew for
+each case and number of calls. Bold where ours is below.
+
+{libraries}
 """
 
 
@@ -238,11 +262,14 @@ def page(d: Row) -> str:
     s = d["summary"]
     holds = s["geometric mean"] <= d["budget"]["geometric mean"] and s["worst"] <= d["budget"]["worst"]
     about = inspect.getdoc(solvers.registry.find("arc")) or ""
+    peers = json.loads((HERE / "samplers-peers.json").read_text("utf-8"))
     return PROSE.format(
         **d["versions"], choice=choice(d), against=against(d), mean=f"{s['geometric mean']:.2f}",
         budget=d["budget"]["geometric mean"], verdict="kept" if holds else f"missed: {s['above 1']} of {s['of']} are above 1",
         rms=by_rms(d), matched=matched(d), lost=lost(d), ranking=ranking(d), ablated=d["ablated"], ablation=ablation(d),
         arc=about.replace("\n", "\n> "), tuned=tuned(d), costs=costs(d),
+        libraries=libraries(peers, d["budget"]),
+        settings=len({(r["who"], r["sampler"]) for r in peers["rows"] if r["who"] != "sfumato"}),
         cases=table(["case", "kind", "items", "rms of the data"], [tuple(row.values()) for row in d["cases"]]),
     )  # fmt: skip
 

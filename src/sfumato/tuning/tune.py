@@ -244,13 +244,17 @@ def _empirical(
         target.denoiser, target.ends, levels=40, probes=1, cond=target.cond, seed=mix(seed, 4)
     )
     scored: list[tuple[float, Entry]] = []
-    for order in (2, 3):
-        solver = DPMSolverV3(measured, order)
+    kinds = {
+        "order 2": DPMSolverV3(measured, 2),
+        "order 3": DPMSolverV3(measured, 3),
+        "order 3, pseudo": DPMSolverV3(measured, 3, "same", pseudo=True, taper=True),
+    }
+    for name, solver in kinds.items():
         for grid in GRIDS[:4]:
             times = tuple(grids.get(grid)(target.process, nfe, target.times[0], target.times[-1]).tolist())
-            entry = Entry("dpm-solver-v3", f"order {order} on {grid}", solver, times)
+            entry = Entry("dpm-solver-v3", f"{name} on {grid}", solver, times)
             scored.append((target.score(target.errors(solver, times)), entry))
-            watch("dpm-solver-v3", len(scored), 8, min(score for score, _ in scored))
+            watch("dpm-solver-v3", len(scored), 12, min(score for score, _ in scored))
     yield min(scored, key=lambda pair: pair[0])[1]
 
 
