@@ -10,7 +10,7 @@ import torch
 
 import sfumato as sf
 from sfumato import acceleration, files, networks, processes
-from sfumato.acceleration import denoised, int8, operations, quantized
+from sfumato.acceleration import Calibration, denoised, int8, operations, quantized
 from sfumato.acceleration.engines import Session
 from sfumato.acceleration.keeping import digest, kept
 from sfumato.core import Context, InputError
@@ -128,6 +128,22 @@ def test_a_graph_is_read_the_next_time(pair, caplog, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", None)
     third = int8(d, cal, backend="onnxruntime")
     assert torch.equal(call(again, cal.x[:2]), call(third, cal.x[:2]))
+
+
+def test_a_graph_is_found_again_whatever_the_order_of_the_conditions(monkeypatch):
+    """The order of a set of strings is another one in each process."""
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    net = networks.DiT(2, size=8, patch=2, width=32, depth=1, heads=2, embeddings={"y": 3, "z": 2})
+    d = sf.parametrized(net.eval().requires_grad_(False), processes.Flow(), "flow", null={"y": 3, "z": 2})
+    told = {"y": torch.arange(8) % 3, "z": torch.arange(8) % 2}
+    cal = denoised(d, 8, (2, 8, 8), cond=told, steps=2)
+    first = int8(d, cal, backend="onnxruntime")
+    monkeypatch.setattr(torch.onnx, "export", None)
+    turned = Calibration(cal.x, cal.t, dict(reversed(cal.cond.items())))
+    second = int8(d, turned, backend="onnxruntime")
+    ctx = Context(cond={k: v[:4] for k, v in told.items()}, batch=4)
+    assert torch.equal(first(cal.x[:4], 0.4, ctx).native, second(cal.x[:4], 0.4, ctx).native)
 
 
 def test_refusals_of_engines(pair):

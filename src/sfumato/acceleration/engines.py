@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import threading
 import warnings
@@ -145,7 +146,8 @@ def _session(leaf: Parametrized, layers: Mapping[str, Any], batch: Batch) -> Ses
     for package in ("onnxruntime", "onnx", "onnxscript"):
         need(package, "onnx")
     x, label = batch.x.float(), leaf._label(batch.t.float(), batch.x)
-    inputs = {"x": x, "label": label, **{k: v.contiguous() for k, v in batch.cond.items()}}
+    told = {k: batch.cond[k].contiguous() for k in sorted(batch.cond)}  # in one order, so that the graph is found again
+    inputs = {"x": x, "label": label, **told}
     shapes = {name: tuple(value.shape[1:]) for name, value in inputs.items()}
     facts = [torch.__version__, need("onnx", "onnx").__version__, repr(leaf.net), repr(shapes)]
     facts += [f"{path} {layer.input}" for path, layer in layers.items()] + sources(leaf.net)
@@ -153,7 +155,7 @@ def _session(leaf: Parametrized, layers: Mapping[str, Any], batch: Batch) -> Ses
 
     def make() -> bytes:
         net = untapped(rebuild(leaf.net, lambda path, m: Nodes(layers[path]) if path in layers else None))
-        program = exported(Positional(net, tuple(batch.cond)).eval(), inputs, "prediction")
+        program = exported(Positional(net, tuple(told)).eval(), inputs, "prediction")
         return program.model_proto.SerializeToString()  # type: ignore[no-any-return]
 
     return kept("the graph of 8-bit integers", f"graph-{key}.onnx", make, lambda data: Session(leaf.net, data, shapes))
@@ -215,12 +217,18 @@ def exported(module: nn.Module, inputs: Mapping[str, Tensor], output: str) -> An
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     free = tuple({0: batch} for _ in inputs)
     shapes: Any = (*free[:2], free[2:]) if isinstance(module, Positional) else free
+    said = logging.getLogger("torch.onnx")
+    level = said.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
-        return torch.onnx.export(
-            module, tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs), output_names=[output],
-            dynamic_shapes=shapes, optimize=True,
-        )  # fmt: skip
+        said.setLevel(logging.ERROR)  # it says that torchvision is not installed
+        try:
+            return torch.onnx.export(
+                module, tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs), output_names=[output],
+                dynamic_shapes=shapes, optimize=True,
+            )  # fmt: skip
+        finally:
+            said.setLevel(level)
 
 
 __all__ = ["BACKENDS", "Compiled", "Engine", "Positional", "Session", "attached", "exported", "untapped"]

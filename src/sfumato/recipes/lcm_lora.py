@@ -158,7 +158,8 @@ def lcm_lora(seed: int) -> Findings:
         model=f"MLP of 0.6 million parameters (v, VP), taught in this run for 2000 steps; styles: its first and last layers for {TUNING} "
         f"more; adapters of rank {RANK} in the layers between for {STEPS}",
         notes=f"All weights instead of adapters: FD {whole:.3g} on the base. Guidance {RANGE[0]:g} to {RANGE[1]:g} is in the adapter "
-        f"(scales of cfg), DDIM has {SCALE:g}. Settings of adapters and styles were chosen on seed 100. On styles an adapter costs quality where "
+        f"(scales of cfg), DDIM has {SCALE:g}. Settings of adapters and styles were tried one by one on seed 100, this "
+        "combination of them only here. On styles an adapter costs quality where "
         f"fine-tuning moved the states between the layers that it was learnt on, likely so for negatives. The slab is 200 free paths wide "
         "in 100 cells, with 8 directions.",
         picture=picture({k: drawn[k] for k in ("DDIM, 4 calls", "LCM-LoRA, 4 calls", "random low rank")}, bars),
