@@ -43,8 +43,8 @@ def sample(
         list[str] | None,
         typer.Option(
             metavar="PROMPT",
-            help="A further prompt for each picture; may be repeated. --guidance 'cfg(scale=4) | superposition' joins "
-            "them otherwise than by averaging.",
+            help="A further prompt for each picture; may be repeated. --guidance 'cfg(scale=4) | interpolated' joins "
+            "them otherwise than by averaging ('superposition' too, with --solver ddpm).",
         ),
     ] = None,
     region: Annotated[
