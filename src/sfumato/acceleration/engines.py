@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 import threading
@@ -18,20 +17,10 @@ from sfumato.acceleration.calibration import Batch
 from sfumato.acceleration.counting import counting
 from sfumato.acceleration.keeping import digest, kept
 from sfumato.core import Denoiser, InputError, rebuild
-from sfumato.core.errors import MissingExtra
+from sfumato.core.errors import need
 from sfumato.denoisers import Parametrized
 
 BACKENDS = ("onednn", "onnxruntime", "torchao")
-
-
-def need(package: str, extra: str) -> Any:
-    """The module ``package``. Raises MissingExtra naming the extra that brings it."""
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
-            raise
-        raise MissingExtra(package, extra=extra) from error
 
 
 class Engine:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 
 class SfumatoError(Exception):
     """Base of every error that sfumato itself raises."""
@@ -24,3 +27,13 @@ class MissingExtra(SfumatoError, ImportError):
     def __init__(self, package: str, extra: str, command: str = "pip install 'sfumato[{}]'") -> None:
         super().__init__(f"{package} is not installed: {command.format(extra)}")
         self.package, self.extra = package, extra
+
+
+def need(package: str, extra: str) -> Any:
+    """The optional module ``package``. Raises MissingExtra naming the extra that brings it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise
+        raise MissingExtra(package, extra=extra) from error

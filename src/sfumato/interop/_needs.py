@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from sfumato.core.errors import MissingExtra
+from sfumato.core import errors
 
 
 def need(package: str, extra: str = "diffusers") -> Any:
-    """The module ``package``. Raises MissingExtra naming the extra that brings it."""
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
-            raise
-        raise MissingExtra(package, extra=extra) from error
+    """The module ``package``, of the extra that most of this folder is for."""
+    return errors.need(package, extra)

@@ -47,6 +47,7 @@ def pair(samples: Tensor, reference: Tensor, at_least: int = 2) -> tuple[Tensor,
 
 
 def same_width(first: str, x: Tensor, second: str, y: Tensor) -> None:
+    """InputError unless both are features of as many numbers, by the names they are called."""
     if x.shape[1] != y.shape[1]:
         raise InputError(
             f"{first} have {x.shape[1]} features and {second} {y.shape[1]}: both must come from the same extractor"
