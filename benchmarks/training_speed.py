@@ -1,15 +1,16 @@
 """Images a second and memory of Trainer against a plain diffusers training loop: same network, data and arithmetic.
 
 The peer is the loop of the diffusers examples (accelerate, DataLoader, mse, clipping, AdamW, learning-rate schedule,
-EMAModel, the loss read every step). ``diffusers`` and ``sfumato`` are unconditional U-Nets on pixels, both loops training an
-epsilon network on the linear schedule of 1000 steps. ``text-to-image`` is the transformer of ``emoji-latent`` on 64-pixel
+EMAModel, the loss read every step). ``transformer`` (a DiT of diffusers), ``diffusers`` and ``sfumato`` (U-Nets of
+diffusers and of ours) are unconditional and on pixels, both loops training an epsilon network on the linear schedule of
+1000 steps. ``text-to-image`` is the transformer of ``emoji-latent`` on 64-pixel
 drawings with their captions by flow matching: the peer decodes and encodes the pictures and the captions of each batch, as the
 example of diffusers for text-to-image does; ours reads codes and caption features that were encoded once, as ``emoji-latent`` was
 trained, and what that costs is printed beside. Each loop runs in a process of its own; rounds are interleaved, one process
 at a time, and the figure is the median over rounds of CPU time, which other programs hardly change (with --threads 2, of
 the clock: run it alone). Peak memory is that of the process.
 
-    python benchmarks/training_speed.py [--network diffusers|sfumato|text-to-image] [--batch 16] [--rounds 7]
+    python benchmarks/training_speed.py [--network transformer|diffusers|sfumato|text-to-image] [--batch 16] [--rounds 7]
         [--threads 1]
 """
 
@@ -40,10 +41,27 @@ from sfumato.objectives import Denoising
 from sfumato.processes import DDPM
 from sfumato.training import Trainer
 from sfumato.training.data import Arrays, Batches, Shards, write_shards
-from sfumato.training.host import keep_freed_memory
+from sfumato.training.host import fast
 from sfumato.zoo import captions, emoji, make_emoji
 
-NETWORKS = {"diffusers": 16, "sfumato": 16, "text-to-image": 64}  # name -> items a batch
+NETWORKS = {"transformer": 16, "diffusers": 16, "sfumato": 16, "text-to-image": 64}  # name -> items a batch
+
+
+class Transformer(nn.Module):
+    """DiTTransformer2DModel (Peebles and Xie's DiT, 4 heads of 64, 6 layers) as net(x, label) -> tensor, label in 0 .. 999."""
+
+    def __init__(self, size: int) -> None:
+        from diffusers import DiTTransformer2DModel
+
+        super().__init__()
+        self.net = DiTTransformer2DModel(
+            num_attention_heads=4, attention_head_dim=64, in_channels=3, out_channels=3, num_layers=6, sample_size=size,
+            patch_size=2, num_embeds_ada_norm=1,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        none = torch.zeros(len(x), dtype=torch.long)
+        return self.net(x, label.long().expand(len(x)), none).sample  # type: ignore[no-any-return]
 
 
 class Diffusers(nn.Module):
@@ -76,6 +94,8 @@ class Work:
 def network(work: Work) -> nn.Module:
     """The network of an unconditional training, the same for every loop."""
     torch.manual_seed(0)
+    if work.network == "transformer":
+        return Transformer(work.size)
     if work.network == "diffusers":
         return Diffusers(work.size)
     return UNet(3, width=32, multipliers=(1, 2, 4), attention=(False, False, True), scale=1.0)
@@ -135,15 +155,15 @@ def ours(work: Work, channels_last: bool = False) -> Iterator[None]:
 
 def our_loop(objective: Denoising, batches: Any, channels_last: bool = False) -> Iterator[None]:
     """Trainer with the numbers of the peer as a generator: one step a ``next``."""
-    keep_freed_memory()  # as Trainer.fit does
     trainer = Trainer(
         objective, batches, steps=10_000, lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, warmup=500, decay="cosine",
         clip=1.0, ema=0.9999, channels_last=channels_last, cpu=True,
     )  # fmt: skip
     trainer.objective.train()
-    while True:
-        trainer._iterate()
-        yield
+    with fast(trainer.objective, trainer.device):  # as Trainer.fit does
+        while True:
+            trainer._iterate()
+            yield
 
 
 def drawings(n: int = 512) -> tuple[Tensor, list[str]]:
@@ -281,7 +301,7 @@ def _measured(work: Work, rounds: int, steps: int, threads: int) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=NETWORKS, default="diffusers")
+    parser.add_argument("--network", choices=NETWORKS, default="transformer")
     parser.add_argument("--batch", type=int, help="items a batch (default: 64 for text-to-image, else 16)")
     for name, value in (("size", 32), ("rounds", 7), ("steps", 4), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -20,7 +20,7 @@ from sfumato.networks import DiT, UNet
 from sfumato.networks.autoencoder import AutoencoderKL, Moments
 from sfumato.networks.conditions import LabelEmbedding, Tokens, sinusoidal
 from sfumato.networks.dit import Block, rotary_positions
-from sfumato.networks.layers import Attention, ImageAttention, Linear, ResidualBlock, rotate
+from sfumato.networks.layers import Attention, ImageAttention, ResidualBlock, rotate
 
 READS = {"context_channels": 24, "vector_channels": 20, "extra_channels": 2}
 READS |= {"embeddings": {"y": 5, "vendor": 3}, "scalars": {"target": 1000.0}}
@@ -118,19 +118,6 @@ def test_residual_branches_start_as_the_identity() -> None:
     for shared in (False, True):
         given = torch.zeros(2, 96) if shared else condition
         assert torch.equal(Block(16, 2, 4.0, 6, shared)(tokens, given, text, rotary), tokens)
-
-
-def test_convolved_linear_is_linear() -> None:
-    torch.manual_seed(0)
-    ours, theirs, x = Linear(12, 7), nn.Linear(12, 7), torch.randn(4, 9, 12)
-    theirs.load_state_dict(ours.state_dict())
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    torch.testing.assert_close(ours(a), theirs(b))
-    ours(a).square().sum().backward()
-    theirs(b).square().sum().backward()
-    torch.testing.assert_close(a.grad, b.grad)
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
-    assert ours(x).is_contiguous()
 
 
 def test_sinusoids() -> None:

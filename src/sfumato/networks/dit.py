@@ -21,7 +21,8 @@ from sfumato.networks.conditions import (
     sinusoidal,
     with_image,
 )
-from sfumato.networks.layers import Attention, Linear, zero
+from sfumato.networks.layers import Attention, zero
+from sfumato.networks.products import Linear
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]
 

@@ -14,7 +14,8 @@ from sfumato.core.errors import InputError
 from sfumato.networks.base import as_network, register
 from sfumato.networks.conditions import LabelEmbedding, Tokens, check_image
 from sfumato.networks.dit import SwiGLU, absolute_positions
-from sfumato.networks.layers import Attention, Linear, ResidualBlock, group_norm
+from sfumato.networks.layers import Attention, ResidualBlock, group_norm
+from sfumato.networks.products import Linear
 
 
 class FeatureExtractor(Protocol):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sfumato.core.errors import InputError
 from sfumato.networks.base import register
 from sfumato.networks.dit import DiT, Embedded, Rotary, rotary_at
-from sfumato.networks.layers import Linear, zero
+from sfumato.networks.layers import zero
+from sfumato.networks.products import Linear
 
 
 class Pooled(nn.Module):

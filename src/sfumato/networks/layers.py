@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.core.errors import InputError
+from sfumato.networks.products import Linear
 
 if TYPE_CHECKING:
     from sfumato.networks.conditions import Tokens
@@ -36,20 +37,6 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding of x (B, heads, N, d) by [cos, cos] and [-sin, sin] (N, d) (Su et al. 2021)."""
     first, second = x.chunk(2, -1)
     return torch.addcmul(x * rotary[0], torch.cat([second, first], -1), rotary[1])
-
-
-class Linear(nn.Linear):
-    """nn.Linear that runs as the 1x1 convolution it is for float32 tokens (B, N, C) on a CPU.
-
-    oneDNN convolutions are fast on every processor, the BLAS behind nn.Linear only on some (measured: 225, 105
-    GFLOP/s).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 3 or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        y = F.conv2d(x.unsqueeze(2).permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).squeeze(2)
 
 
 class KeysValues(nn.Module):

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.core import Context, InputError, Loss, MissingExtra, Objective, Run, SfumatoError, Streams, mix
-from sfumato.training import checkpoint, optim, parallel
+from sfumato.training import checkpoint, host, optim, parallel
 from sfumato.training.ema import Average, Profiles, decays
-from sfumato.training.host import keep_freed_memory
 from sfumato.training.monitor import Interruption, Metrics, Progress
 from sfumato.training.options import PRECISIONS, Options, is_scalar, plain
 
@@ -112,15 +111,19 @@ class Trainer(Options):
         if metrics is not None:
             metrics.path.parent.mkdir(parents=True, exist_ok=True)
             metrics.rewind(self.it)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.objective.train()
         self._stopping = False
         devices = [self.device] if self.device.type == "cuda" else []
         show = self.progress if self.rank == 0 else False
         self._interruption = Interruption()
         bar = Progress(self.steps, self.it, show)
-        with torch.random.fork_rng(devices), self._interruption, bar, self._trackers():
+        with (
+            host.fast(self.objective, self.device),
+            torch.random.fork_rng(devices),
+            self._interruption,
+            bar,
+            self._trackers(),
+        ):
             while self.it < self.steps and not self._stopping:
                 began = time.perf_counter()
                 self._iterate()
