@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato.core import InputError, Streams, mix
-from sfumato.core.randomness import _scatter
+from sfumato.core.randomness import _scattered
 
 seeds = st.one_of(st.integers(-(2**100), 2**100), st.integers(-5, 5))
 
@@ -85,8 +85,21 @@ def test_the_hash_is_frozen() -> None:
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 2000))
 def test_items_of_one_draw_never_share_a_generator(key: int, low: int) -> None:
-    values = {_scatter(i, key) for i in range(low, low + 1000)}
-    assert len(values) == 1000 and all(0 <= v < 2**32 for v in values)
+    values = _scattered([(key, i) for i in range(low, low + 1000)], 0, 0)
+    assert len(set(values)) == 1000 and all(0 <= v < 2**32 for v in values)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1)), max_size=6), st.integers(0, 9))
+def test_a_generator_seed_is_one_finalised_word(seeds: list[tuple[int, int]], step: int) -> None:
+    """The murmur3 finaliser of index and key: every result of every seed depends on these numbers too."""
+    want = []
+    for seed, index in seeds:
+        key = mix(seed, step, 1)
+        z = (index ^ key) % 2**32
+        z = (z ^ z >> 16) * 0x85EBCA6B % 2**32
+        z = (z ^ z >> 13) * 0xC2B2AE35 % 2**32
+        want.append((z ^ z >> 16 ^ key >> 31) % 2**32)
+    assert _scattered(seeds, step, 1) == want
 
 
 def test_noise_is_standard_normal_and_uncorrelated() -> None:

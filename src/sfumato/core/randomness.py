@@ -26,12 +26,18 @@ def mix(*keys: int) -> int:
     return z >> 1
 
 
-def _scatter(index: int, key: int) -> int:
-    """A bijection of 32-bit integers chosen by ``key``: items of one draw never share a generator seed."""
-    z = (index ^ key) & _M32
-    z = ((z ^ z >> 16) * 0x85EBCA6B) & _M32
-    z = ((z ^ z >> 13) * 0xC2B2AE35) & _M32
-    return (z ^ z >> 16 ^ key >> 31) & _M32
+def _scattered(seeds: Sequence[tuple[int, int]], step: int, k: int) -> list[int]:
+    """A generator seed an item: its index through a bijection of 32-bit integers that (seed, step, k) chooses, so that
+    items of one draw never share one."""
+    last, low, high, mask, found = None, 0, 0, _M32, []
+    for seed, z in seeds:
+        if seed != last:
+            last, key = seed, mix(seed, step, k)
+            low, high = key & mask ^ (key & mask) >> 16, key >> 31 & mask
+        z = ((z ^ z >> 16 ^ low) * 0x85EBCA6B) & mask
+        z = ((z ^ z >> 13) * 0xC2B2AE35) & mask
+        found.append(z ^ z >> 16 ^ high)
+    return found
 
 
 @dataclass
@@ -91,10 +97,10 @@ class Streams:
                 "one row an item, never inside a denoiser that has stacked its inputs"
             )
         out = torch.empty(like.shape, dtype=dtype)
-        last, key = None, 0
-        for row, (seed, index) in zip(out.unbind(0), self.seeds, strict=True):
-            if seed != last:
-                last, key = seed, mix(seed, self.step, self.k)
-            getattr(row, how)(generator=self._generator.manual_seed(_scatter(index, key)))
+        seeded, fill = self._generator.manual_seed, getattr(torch.Tensor, how)
+        items = zip(out.unbind(0), _scattered(self.seeds, self.step, self.k), strict=True)
+        with torch.inference_mode():  # a cheaper call; ``out`` stays an ordinary tensor
+            for row, seed in items:
+                fill(row, generator=seeded(seed))
         self.k += 1
         return out.to(like.device, like.dtype if like.is_floating_point() else dtype)
