@@ -9,53 +9,64 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.cli._app import Answer, command, scale_or_spec
+from sfumato.cli._options import Guidance, Model
 
 FEATURES, METRIC = "efficientnet-lite0", "frechet"
+
+Solvers = Annotated[
+    list[str] | None, typer.Option("--solver", help="A solver or spec; may be repeated. Default: the common ones.")
+]
+Grids = Annotated[
+    list[str] | None, typer.Option("--grid", help="Where the steps lie; may be repeated. Default: each solver's own.")
+]
+Calls = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--nfe",
+        help="Calls of the model; guidance makes each two in the table. May be repeated. Default: 5 8 10 15 20.",
+    ),
+]
+Samplers = Annotated[
+    list[Path] | None, typer.Option("--sampler", help="A card that `sfumato tune` wrote; may be repeated.")
+]
+Accelerations = Annotated[
+    list[str] | None,
+    typer.Option("--accelerate", help="The same again with e.g. 'deepcache(interval=3)'; may be repeated."),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option("--also", help="A further model from the same starts, a student say; may be repeated."),
+]
+Reference = Annotated[
+    str | None, typer.Option(help="Rank by quality against a folder, shards or a data set such as emoji:train.")
+]
+Features = Annotated[str, typer.Option(help="Of that quality: efficientnet-lite0, mobilenet-v2, emoji-judge, pixels.")]
+Metric = Annotated[str, typer.Option(help="Of that quality: frechet, kernel, text-agreement, ...")]
+Number = Annotated[int, typer.Option("-n", min=8, help="Start noises.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Prompts, in turn; may be repeated.")]
+Fine = Annotated[int, typer.Option(min=2, help="Calls of the fine solution.")]
+Seed = Annotated[int, typer.Option(help="The starts depend on it.")]
+Out = Annotated[Path | None, typer.Option(help="A picture, NAME.png; the table goes beside it as JSON.")]
 
 
 @command("compare")
 def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name, or a folder that a training wrote.")],
-    solver: Annotated[
-        list[str] | None, typer.Option("--solver", help="A solver or spec; may be repeated. Default: the common ones.")
-    ] = None,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option("--grid", help="Where the steps lie; may be repeated. Default: each solver's own."),
-    ] = None,
-    nfe: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--nfe",
-            help="Calls of the model; guidance makes each two in the table. May be repeated. Default: 5 8 10 15 20.",
-        ),
-    ] = None,
-    sampler: Annotated[
-        list[Path] | None, typer.Option("--sampler", help="A card that `sfumato tune` wrote; may be repeated.")
-    ] = None,
-    accelerate: Annotated[
-        list[str] | None,
-        typer.Option("--accelerate", help="The same again with e.g. 'deepcache(interval=3)'; may be repeated."),
-    ] = None,
-    also: Annotated[
-        list[str] | None,
-        typer.Option("--also", help="A further model from the same starts, a student say; may be repeated."),
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Rank by quality against a folder, shards or a data set such as emoji:train.")
-    ] = None,
-    features: Annotated[
-        str, typer.Option(help="Of that quality: efficientnet-lite0, mobilenet-v2, emoji-judge, pixels.")
-    ] = FEATURES,
-    metric: Annotated[str, typer.Option(help="Of that quality: frechet, kernel, text-agreement, ...")] = METRIC,
-    n: Annotated[int, typer.Option("-n", min=8, help="Start noises.")] = 32,
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Prompts, in turn; may be repeated.")] = None,
-    guidance: Annotated[
-        str | None, typer.Option(help="Classifier-free scale, or e.g. 'apg(scale=4)'. Default: the model's.")
-    ] = None,
-    fine: Annotated[int, typer.Option(min=2, help="Calls of the fine solution.")] = 100,
-    seed: Annotated[int, typer.Option(help="The starts depend on it.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="A picture, NAME.png; the table goes beside it as JSON.")] = None,
+    model: Model,
+    solver: Solvers = None,
+    grid: Grids = None,
+    nfe: Calls = None,
+    sampler: Samplers = None,
+    accelerate: Accelerations = None,
+    also: Also = None,
+    reference: Reference = None,
+    features: Features = FEATURES,
+    metric: Metric = METRIC,
+    n: Number = 32,
+    prompts: Prompts = None,
+    guidance: Guidance = None,
+    fine: Fine = 100,
+    seed: Seed = 0,
+    out: Out = None,
 ) -> Answer:
     """Measure solvers, grids and sampler cards on one model, e.g. `sfumato compare digits --nfe 5 --nfe 10 --out digits.png`.
 
@@ -66,7 +77,6 @@ def compare(
     import sfumato
     from sfumato.core.errors import InputError
     from sfumato.evaluation import compare as verb
-    from sfumato.files import write_atomically
 
     if out is not None and out.suffix != ".png":
         raise InputError(f"{out}: the picture is a .png file")
@@ -93,14 +103,22 @@ def compare(
     )
     record: dict[str, Any] = {"model": model, "title": table.title, "rows": list(table)}
     if out is not None:
-        import io
-
-        buffer = io.BytesIO()
-        verb.picture(table).save(buffer, "PNG", optimize=True)
-        write_atomically(out, buffer.getvalue())
-        write_atomically(out.with_suffix(".json"), (table.json() + "\n").encode())
+        _kept(table, out)
         record["out"] = str(out)
     return Answer(record, _shown(table, out))
+
+
+def _kept(table: Any, out: Path) -> None:
+    """The picture of the table as NAME.png, and its rows as NAME.json."""
+    import io
+
+    from sfumato.evaluation.compare import picture
+    from sfumato.files import write_atomically
+
+    buffer = io.BytesIO()
+    picture(table).save(buffer, "PNG", optimize=True)
+    write_atomically(out, buffer.getvalue())
+    write_atomically(out.with_suffix(".json"), (table.json() + "\n").encode())
 
 
 def _quality(

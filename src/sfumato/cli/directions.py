@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sfumato.cli._app import Answer, command, named_values
+from sfumato.cli._options import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,7 @@ EXAMPLES = "A folder, shards, a data set such as emoji:train, or a part of it: '
 
 @command("directions")
 def directions(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name, or a folder that a training wrote.")],
+    model: Model,
     before: Annotated[str | None, typer.Option("--from", metavar="PICTURES", help=EXAMPLES)] = None,
     after: Annotated[str | None, typer.Option("--to", metavar="PICTURES", help="The same.")] = None,
     method: Annotated[

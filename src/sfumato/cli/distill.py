@@ -14,45 +14,63 @@ from sfumato.cli._app import Answer, command
 FREE = ("iterations", "save_every", "log_every")  # what a resume may change
 
 
+Teacher = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A bundled name, a folder that a training wrote, or one of a diffusers pipeline."
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder of trajectories, checkpoints and the pipeline.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="segments, progressive, rectified-diffusion, reflow, slimflow, consistency, consistency-training, "
+        "lcm-lora, slam, distribution-matching, boot; with --data mmd-ddm, ddgan, tad-sr."
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Network calls an image of the student. Default: 4; boot and tad-sr: 1.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Pictures for the methods that learn from them: a folder, shards, or a data set such as digits or emoji:train."
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the distillation in OUT, bit for bit.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="What the student shall know; may be repeated. Default: all the model knows."),
+]
+Scores = Annotated[
+    bool,
+    typer.Option(
+        "--scores/--no-scores", help="Measure for the card how near the student is to its teacher, or to the data."
+    ),
+]
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="iterations, batch, lr, ema, trajectories, calls, guidance, rank, halvings, width (slimflow), features "
+        "(mmd-ddm), latent and r1 (ddgan), detail and adversarial (tad-sr), seed; may be repeated.",
+    ),
+]
+
+
 @command("distill")
 def distill(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="A bundled name, a folder that a training wrote, or one of a diffusers pipeline."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of trajectories, checkpoints and the pipeline.")] = Path("distilled"),
-    method: Annotated[
-        str,
-        typer.Option(
-            help="segments, progressive, rectified-diffusion, reflow, slimflow, consistency, consistency-training, lcm-lora, slam, "
-            "distribution-matching, boot; with --data mmd-ddm, ddgan, tad-sr."
-        ),
-    ] = "segments",
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Network calls an image of the student. Default: 4; boot and tad-sr: 1.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Pictures for the methods that learn from them: a folder, shards, or a data set such as digits or emoji:train."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the distillation in OUT, bit for bit.")] = False,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", help="What the student shall know; may be repeated. Default: all the model knows."),
-    ] = None,
-    scores: Annotated[
-        bool,
-        typer.Option("--scores/--no-scores", help="Measure for the card how near the student is to its teacher, or to the data."),
-    ] = True,
-    given: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE",
-            help="iterations, batch, lr, ema, trajectories, calls, guidance, rank, halvings, width (slimflow), features (mmd-ddm), latent "
-            "and r1 (ddgan), detail and adversarial (tad-sr), seed; may be repeated.",
-        ),
-    ] = None,
-) -> Answer:  # fmt: skip
+    model: Teacher = None,
+    out: Out = Path("distilled"),
+    method: Method = "segments",
+    steps: Steps = None,
+    data: Data = None,
+    resume: Resume = False,
+    prompts: Prompts = None,
+    scores: Scores = True,
+    given: Given = None,
+) -> Answer:
     """Teach a student of a few calls, e.g. `sfumato distill digits --method segments --steps 4 --out fast`.
 
     Most methods need no data: the teacher makes its own. mmd-ddm, ddgan and tad-sr learn from pictures, `--data digits`.
@@ -77,17 +95,18 @@ def distill(
         cpu=on_cpu(),
         **plan["settings"],
     )
-    saved = out / "pipeline"
-    record: dict[str, Any] = {"out": str(out), "pipeline": str(saved), **plan, "card": made.card}
+    record: dict[str, Any] = {"out": str(out), "pipeline": str(out / "pipeline"), **plan, "card": made.card}
     record["seconds"] = round(time.perf_counter() - began, 1)
-    scored = {name: found for name, found in made.card.get("scores", {}).items() if name != "items"}
+    return Answer(record, _shown(record, out / "pipeline"))
+
+
+def _shown(record: dict[str, Any], saved: Path) -> str:
+    """The scores of the student, what it is, and how to use it."""
+    scored = {name: found for name, found in record["card"].get("scores", {}).items() if name != "items"}
     lines = [f"{name}, {who}: {value:.4f}" for name, figures in scored.items() for who, value in figures.items()]
-    use = (
-        f"sfumato.from_diffusers({str(saved)!r})"
-        if (saved / "model_index.json").exists()
-        else f"sfumato sample --model {out}"
-    )
-    return Answer(record, "\n".join([*lines, f"{made.card['what']}, in {record['seconds']:.0f} s", use]))
+    foreign = (saved / "model_index.json").exists()
+    use = f"sfumato.from_diffusers({str(saved)!r})" if foreign else f"sfumato sample --model {record['out']}"
+    return "\n".join([*lines, f"{record['card']['what']}, in {record['seconds']:.0f} s", use])
 
 
 def _loaded(model: str) -> Any:

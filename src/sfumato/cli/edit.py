@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.cli._app import Answer, command, named_values, scale_or_spec, table
+from sfumato.cli._options import OfModel
 
 DEFAULT_METHOD = "edit-friendly"
 
@@ -29,7 +30,7 @@ def edit(
     direction: Annotated[
         Path | None, typer.Option(help="What `sfumato directions` learned, for methods that follow it.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="A bundled name, or a folder.")] = "emoji-latent",
+    model: OfModel = "emoji-latent",
     cond: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another condition of the result.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sfumato.cli._app import Answer, command, progress, scale_or_spec
+from sfumato.cli._options import Guidance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +35,7 @@ def evaluate(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     solver: Annotated[str | None, typer.Option()] = None,
-    guidance: Annotated[
-        str | None, typer.Option(help="Classifier-free scale, or e.g. 'apg(scale=4)'. Default: the model's.")
-    ] = None,
+    guidance: Guidance = None,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Keep the table: .json, .csv or .md.")] = None,
 ) -> Answer:

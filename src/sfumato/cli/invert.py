@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.cli._app import Answer, command, named_values, progress, scale_or_spec, table
+from sfumato.cli._options import Conditions, OfModel
 
 DEFAULT_METHOD = "edict"
 
@@ -26,10 +27,8 @@ def invert(
     every: Annotated[
         bool, typer.Option("--all", help="A table of all ways to invert; --method is what is written.")
     ] = False,
-    model: Annotated[str, typer.Option("--model", "-m", help="A bundled name, or a folder.")] = "emoji-latent",
-    cond: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A condition of the model; may be repeated.")
-    ] = None,
+    model: OfModel = "emoji-latent",
+    cond: Conditions = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the solver, each way.")] = 50,
     strength: Annotated[float, typer.Option(help="The time it is taken to: 1 is pure noise.")] = 1.0,
     grid: Annotated[str | None, typer.Option(help="Where the steps lie. Default: the model's.")] = None,

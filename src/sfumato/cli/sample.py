@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sfumato.cli._app import FAILED, Answer, command, named_values, progress, scale_or_spec
+from sfumato.cli._options import Conditions, OfModel
 
 if TYPE_CHECKING:
     from sfumato.pipeline import Pipeline
@@ -19,63 +20,71 @@ BESIDE = ("negative", "also", "regions", "accelerate")  # in a card only where t
 RUN = ("model", "weights", "prompts", "n", "steps", "solver", "grid", "guidance", "seed", "cond", "columns", "scale")
 
 
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Words or class names; none: any picture.")]
+Number = Annotated[int, typer.Option("-n", "--number", min=1, help="Pictures for each prompt.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the solver. Default: the model's.")]
+Solver = Annotated[str | None, typer.Option(help="E.g. 'dpm-solver++' or 'dpm-solver++(order=3)'.")]
+Grid = Annotated[str | None, typer.Option(help="Where the steps lie, e.g. 'logsnr', 'karras(rho=5)'.")]
+Guidance = Annotated[
+    str | None, typer.Option(help="Classifier-free scale (1 is none), or e.g. 'apg(scale=6)'. Default: the model's.")
+]
+Negative = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PROMPT", help="What guidance leads away from; may be repeated for 'perp-neg'."),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PROMPT",
+        help="A further prompt for each picture; may be repeated. --guidance 'cfg(scale=4) | interpolated' joins "
+        "them otherwise than by averaging ('superposition' too, with --solver ddpm).",
+    ),
+]
+Regions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="L,T,R,B:PROMPT", help="A prompt for a box in shares of the picture, e.g. '0,0,0.5,1:red heart'."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Picture i depends on (seed, i) and on nothing else.")]
+Accelerate = Annotated[
+    str | None, typer.Option(help="Less work a call, e.g. 'deepcache(interval=3)': see docs/acceleration.md.")
+]
+Vendor = Annotated[str | None, typer.Option(help="Short for --cond vendor=...: noto, twemoji or fluent.")]
+Columns = Annotated[int | None, typer.Option(min=1, help="Pictures in a row of the sheet.")]
+Scale = Annotated[int | None, typer.Option(min=1, max=64, help="Enlarge each pixel. Default: to 128 pixels or more.")]
+Out = Annotated[str | None, typer.Option(help="NAME.png, or a folder (ends in /) for shards. Default: out.png.")]
+Replay = Annotated[Path | None, typer.Option(help="Make a sheet again from the card inside it, and compare.")]
+Processes = Annotated[int, typer.Option(min=1, help="For shards: processes that share the work.")]
+Sampler = Annotated[
+    Path | None, typer.Option(help="A card that `sfumato tune` wrote, for steps, solver, grid and guidance.")
+]
+Force = Annotated[bool, typer.Option(help="Use a sampler card of another model or guidance.")]
+
+
 @command("sample")
 def sample(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="Words or class names; none: any picture.")
-    ] = None,
-    n: Annotated[int, typer.Option("-n", "--number", min=1, help="Pictures for each prompt.")] = 4,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A bundled name, or a folder that a training wrote.")
-    ] = DEFAULT_MODEL,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the solver. Default: the model's.")] = None,
-    solver: Annotated[str | None, typer.Option(help="E.g. 'dpm-solver++' or 'dpm-solver++(order=3)'.")] = None,
-    grid: Annotated[str | None, typer.Option(help="Where the steps lie, e.g. 'logsnr', 'karras(rho=5)'.")] = None,
-    guidance: Annotated[
-        str | None,
-        typer.Option(help="Classifier-free scale (1 is none), or e.g. 'apg(scale=6)'. Default: the model's."),
-    ] = None,
-    negative: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PROMPT", help="What guidance leads away from; may be repeated for 'perp-neg'."),
-    ] = None,
-    also: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PROMPT",
-            help="A further prompt for each picture; may be repeated. --guidance 'cfg(scale=4) | interpolated' joins "
-            "them otherwise than by averaging ('superposition' too, with --solver ddpm).",
-        ),
-    ] = None,
-    region: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="L,T,R,B:PROMPT", help="A prompt for a box in shares of the picture, e.g. '0,0,0.5,1:red heart'."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Picture i depends on (seed, i) and on nothing else.")] = 0,
-    cond: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A condition of the model; may be repeated.")
-    ] = None,
-    accelerate: Annotated[
-        str | None, typer.Option(help="Less work a call, e.g. 'deepcache(interval=3)': see docs/acceleration.md.")
-    ] = None,
-    vendor: Annotated[str | None, typer.Option(help="Short for --cond vendor=...: noto, twemoji or fluent.")] = None,
-    columns: Annotated[int | None, typer.Option(min=1, help="Pictures in a row of the sheet.")] = None,
-    scale: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Enlarge each pixel. Default: to 128 pixels or more.")
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option(help="NAME.png, or a folder (ends in /) for shards. Default: out.png.")
-    ] = None,
-    replay: Annotated[
-        Path | None, typer.Option(help="Make a sheet again from the card inside it, and compare.")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="For shards: processes that share the work.")] = 1,
-    sampler: Annotated[
-        Path | None, typer.Option(help="A card that `sfumato tune` wrote, for steps, solver, grid and guidance.")
-    ] = None,
-    force: Annotated[bool, typer.Option(help="Use a sampler card of another model or guidance.")] = False,
+    prompts: Prompts = None,
+    n: Number = 4,
+    model: OfModel = DEFAULT_MODEL,
+    steps: Steps = None,
+    solver: Solver = None,
+    grid: Grid = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    also: Also = None,
+    region: Regions = None,
+    seed: Seed = 0,
+    cond: Conditions = None,
+    accelerate: Accelerate = None,
+    vendor: Vendor = None,
+    columns: Columns = None,
+    scale: Scale = None,
+    out: Out = None,
+    replay: Replay = None,
+    processes: Processes = 1,
+    sampler: Sampler = None,
+    force: Force = False,
 ) -> Answer:
     """Make pictures, e.g. `sfumato sample "red heart" -n 4 --steps 12 --out hearts.png`."""
     from sfumato.cli._pictures import png

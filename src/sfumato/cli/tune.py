@@ -11,20 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.cli._app import Answer, command, scale_or_spec
+from sfumato.cli._options import Guidance, Model
 
 COLUMNS = ("method", "sampler", "calls", "score", "median error", "rms error", "")
 
 
 @command("tune")
 def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name, or a folder that a training wrote.")],
+    model: Model,
     nfe: Annotated[int, typer.Option(min=1, help="Network calls an image.")] = 8,
     method: Annotated[
         str, typer.Option(help="auto, untuned, dpm-solver-v3, usf, olss, subspace or autodiffusion.")
     ] = "auto",
-    guidance: Annotated[
-        str | None, typer.Option(help="Classifier-free scale, or e.g. 'apg(scale=4)'. Default: the model's.")
-    ] = None,
+    guidance: Guidance = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option("--prompt", help="What to tune for; may be repeated. Default: all the model knows."),

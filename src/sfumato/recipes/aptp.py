@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ CITATION = """@inproceedings{ganjdanesh2025not,
   author = {Ganjdanesh, Alireza and Kang, Yan and Shirkavand, Reza and Zhang, Zhe and Wu, Shangqian and Liu, Heng and Huang, Heng},
   booktitle = {ICLR}, year = {2025}
 }"""
+OURS, ONE = "prompt-tailored", "one architecture"
 
 
 def picture(
@@ -77,6 +79,68 @@ def picture(
         return plots.image(made)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Work, loss on unseen emoji, drawings and their Fréchet distance, of the full network and of every arm."""
+
+    work: dict[str, float]
+    losses: dict[str, float]
+    drawings: dict[str, Tensor]
+    distances: dict[str, float]
+
+
+def measured(bed: Bed, arms: dict[str, tuple[Tensor, PromptRouter]]) -> Measured:
+    """Each arm, a network a row of gates, cut out of the teacher and taught alike on the prompts it is sent."""
+    work = {k: float(bed.structure.cost(g)[r.assign(bed.vectors)].mean()) for k, (g, r) in arms.items()}
+    models = {"full": bed.teacher, **{k: bed.tuned(*arm) for k, arm in arms.items()}}
+    losses = {k: bed.loss(model) for k, model in models.items()}
+    drawings = {k: bed.drawn(model) for k, model in models.items()}
+    features = PCAFeatures(bed.train.images, 16)
+    unseen = features(bed.unseen.images)
+    distances = {k: frechet_distance(features(small(x)), unseen).value for k, x in drawings.items()}
+    return Measured(work, losses, drawings, distances)
+
+
+def informed(bed: Bed, index: Tensor) -> list[float]:
+    """What experts tell of an emoji's category: ours, the same shuffled, and as many clusters of the prompts by k-means."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import normalized_mutual_info_score as information
+
+    draw = torch.Generator().manual_seed(mix(bed.seed, 9) % 10**9)
+    shuffled = index[torch.randperm(len(index), generator=draw)].numpy()
+    near = KMeans(EXPERTS, n_init=4, random_state=mix(bed.seed, 10) % 10**6).fit_predict(bed.vectors.numpy())
+    return [float(information(bed.train.category.numpy(), labels)) for labels in (index.numpy(), shuffled, near)]
+
+
+@torch.no_grad()
+def cut_out(bed: Bed, gates: Tensor) -> tuple[float, float]:
+    """An expert cut out, beside the network under its gates: the largest difference, and its seconds over the full network's."""
+    cut, part = materialize(bed.teacher, bed.structure, gates), Context(cond={k: v[:64] for k, v in bed.told.items()}, batch=64)  # fmt: skip
+    gated = part.fork(taps=gating(bed.structure, gates.expand(64, -1)))
+    gap = float((cut(bed.y[:64], 0.5, part).native - bed.teacher(bed.y[:64], 0.5, gated).native).abs().max())
+    spent = seconds({"full": lambda: bed.teacher(bed.y[:64], 0.5, part), "cut": lambda: cut(bed.y[:64], 0.5, part)})
+    return gap, spent["cut"] / spent["full"]
+
+
+def rules(
+    found: Measured, use: tuple[float, float], mutual: list[float], off: float, cut: tuple[float, float], cost: float
+) -> list[Check]:
+    """The clauses of the claim."""
+    losses, distances = found.losses, found.distances
+    return [
+        Check("loss on unseen emoji, against one architecture", losses[OURS], losses[ONE], "ours <= 0.99 * baseline"),
+        *(Check(f"loss on unseen emoji, against {k}", losses[OURS], losses[k], "ours <= baseline") for k in ("magnitude", "random")),
+        *(Check(f"Fréchet distance, against {k}", distances[OURS], distances[k], "ours <= baseline") for k in (ONE, "magnitude", "random")),
+        Check("entropy of the use of experts, over its greatest", use[0], None, "ours >= 0.8"),
+        Check("entropy with transport, less without", use[0] - use[1], None, "ours >= 0.15"),
+        Check("information on the category, less that of shuffled experts", mutual[0] - mutual[1], None, "ours >= 0.1"),
+        Check("information on the category, against k-means of prompts less 0.05", mutual[0], mutual[2] - 0.05, "ours >= baseline"),
+        Check("mean cost, off its target", off, None, "ours <= 0.03"),
+        Check("cut network against the gated one, largest difference", cut[0], None, "ours <= 1e-5"),
+        Check("seconds of the busiest expert over the full network's, less its cost", cut[1] - cost, None, "ours <= 0.2"),
+    ]  # fmt: skip
+
+
 @recipe(
     "aptp",
     kind="acceleration",
@@ -86,64 +150,32 @@ def picture(
     citation=CITATION,
 )
 def aptp(seed: int) -> Findings:
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import normalized_mutual_info_score as information
-
+    """Router and codes learnt together; what they cut out beside one architecture, magnitude and chance at the same work."""
     bed = Bed(seed)
     router, alone, free = bed.router(EXPERTS), bed.router(1), bed.router(EXPERTS, transport=False)
     gates, index = router.gates().round(), router.assign(bed.vectors)
     costs = bed.structure.cost(gates)
     mean = float(costs[index].mean())
-    one = PromptRouter(384, bed.structure, 1)
+    magnitude, random = by_magnitude(bed.teacher, bed.structure, mean)[None], alike(gates, bed, mix(seed, 8) % 10**6)
     arms = {
-        "prompt-tailored": (gates, router), "one architecture": (alone.gates().round(), alone),
-        "magnitude": (by_magnitude(bed.teacher, bed.structure, mean)[None], one), "random": (alike(gates, bed, mix(seed, 8) % 10**6), router),
+        OURS: (gates, router), ONE: (alone.gates().round(), alone),
+        "magnitude": (magnitude, PromptRouter(384, bed.structure, 1)), "random": (random, router),
     }  # fmt: skip
-    work = {k: float(bed.structure.cost(g)[r.assign(bed.vectors)].mean()) for k, (g, r) in arms.items()}
-    tuned = {k: bed.tuned(*arm) for k, arm in arms.items()}
-    losses = {"full": bed.loss(bed.teacher), **{k: bed.loss(m) for k, m in tuned.items()}}
-    draws = {"full": bed.drawn(bed.teacher), **{k: bed.drawn(m) for k, m in tuned.items()}}
-    features = PCAFeatures(bed.train.images, 16)
-    fd = {k: frechet_distance(features(small(x)), features(bed.unseen.images)).value for k, x in draws.items()}
-    groups, random = (
-        bed.train.category.numpy(),
-        index[torch.randperm(len(index), generator=torch.Generator().manual_seed(mix(seed, 9) % 10**9))],
-    )
-    near = KMeans(EXPERTS, n_init=4, random_state=mix(seed, 10) % 10**6).fit_predict(bed.vectors.numpy())
-    mutual = [float(information(groups, labels)) for labels in (index.numpy(), random.numpy(), near)]
+    found, mutual = measured(bed, arms), informed(bed, index)
+    use = entropy(index), entropy(free.assign(bed.vectors))
     busiest = int(torch.bincount(index, minlength=EXPERTS).argmax())
-    cut = materialize(bed.teacher, bed.structure, gates[busiest])
-    part = Context(cond={k: v[:64] for k, v in bed.told.items()}, batch=64)
-    with torch.no_grad():
-        taps = gating(bed.structure, gates[busiest].expand(64, -1))
-        gap = float(
-            (cut(bed.y[:64], 0.5, part).native - bed.teacher(bed.y[:64], 0.5, part.fork(taps=taps)).native).abs().max()
-        )
-        spent = seconds({"full": lambda: bed.teacher(bed.y[:64], 0.5, part), "cut": lambda: cut(bed.y[:64], 0.5, part)})
-    used, unforced = entropy(index), entropy(free.assign(bed.vectors))
-    checks = [
-        Check("loss on unseen emoji, against one architecture", losses["prompt-tailored"], losses["one architecture"], "ours <= 0.99 * baseline"),
-        *(Check(f"loss on unseen emoji, against {k}", losses["prompt-tailored"], losses[k], "ours <= baseline") for k in ("magnitude", "random")),
-        *(Check(f"Fréchet distance, against {k}", fd["prompt-tailored"], fd[k], "ours <= baseline") for k in ("one architecture", "magnitude", "random")),
-        Check("entropy of the use of experts, over its greatest", used, None, "ours >= 0.8"),
-        Check("entropy with transport, less without", used - unforced, None, "ours >= 0.15"),
-        Check("information on the category, less that of shuffled experts", mutual[0] - mutual[1], None, "ours >= 0.1"),
-        Check("information on the category, against k-means of prompts less 0.05", mutual[0], mutual[2] - 0.05, "ours >= baseline"),
-        Check("mean cost, off its target", abs(mean - TARGET), None, "ours <= 0.03"),
-        Check("cut network against the gated one, largest difference", gap, None, "ours <= 1e-5"),
-        Check("seconds of the busiest expert over the full network's, less its cost", spent["cut"] / spent["full"] - float(costs[busiest]), None, "ours <= 0.2"),
-    ]  # fmt: skip
-    rows = {f"{k}: {work.get(k, 1.0):.0%} of the work": x for k, x in draws.items()}
+    cut = cut_out(bed, gates[busiest])
+    rows = {f"{k}: {found.work.get(k, 1.0):.0%} of the work": x for k, x in found.drawings.items()}
     return Findings(
-        checks,
+        rules(found, use, mutual, abs(mean - TARGET), cut, float(costs[busiest])),
         nfe=10,
         data=f"names of {len(bed.vectors)} emoji as 384-d sentence vectors, {KNOWN} of the drawings to learn from and {len(bed.y)} unseen; Fréchet distance of {DRAWN} drawings of {SIDE} pixels in 16 principal components",
         model=f"emoji-latent (8 blocks, 3 heads of attention and of cross-attention, 12 MLP groups); {PRUNE} steps for router and codes, with 512 prompts and 12 drawings each, {TUNE} of {BATCH} drawings for the experts, which learn what the full network says",
-        notes=f"Mean costs: {', '.join(f'{k} {v:.3f}' for k, v in work.items())}; experts {', '.join(f'{c:.2f}' for c in costs.tolist())}. Losses: "
-        f"{', '.join(f'{k} {v:.4f}' for k, v in losses.items())}. Fréchet: {', '.join(f'{k} {v:.3f}' for k, v in fd.items())}. Information with categories {mutual[0]:.3f}, "
+        notes=f"Mean costs: {', '.join(f'{k} {v:.3f}' for k, v in found.work.items())}; experts {', '.join(f'{c:.2f}' for c in costs.tolist())}. Losses: "
+        f"{', '.join(f'{k} {v:.4f}' for k, v in found.losses.items())}. Fréchet: {', '.join(f'{k} {v:.3f}' for k, v in found.distances.items())}. Information with categories {mutual[0]:.3f}, "
         f"shuffled {mutual[1]:.3f}, k-means {mutual[2]:.3f}. Codes begin at evenly shared groups of prompts, without transport in the book; the weight of the contrast is the published 100; both "
         "and the rates were chosen on seed 100, then steps (and with them the experts' rate) cut to the time of a recipe without another look. Left out: the distance of block outputs, three seeds of the run without transport, longer trainings. Where a check fails: an expert meets a quarter of the "
         "drawings that the one network meets, a few of each kind in all, which is too little to become better at its kind; and the contrast at a temperature of 0.03 tells each prompt from all others "
         "rather than kinds of prompts from each other, so that experts follow the categories less than k-means of the prompts does.",
-        picture=picture(bed, gates, costs.tolist(), index, rows, losses),
+        picture=picture(bed, gates, costs.tolist(), index, rows, found.losses),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ PROMPTS = [(k, ("small", "large")[(k + n) % 2], n) for k in range(4) for n in ra
 ASKED = [item for item in PROMPTS for _ in range(NOISES)]
 WANTED, KINDS = torch.tensor([n for *_, n in ASKED]), torch.tensor([k for k, *_ in ASKED])
 LARGE = torch.tensor([size == "large" for _, size, _ in ASKED])
+BIG = LARGE.nonzero()[:, 0]  # sizes that the density counter never saw
+SHOWN = ((0, 2), (1, 4), (2, 6), (3, 3), (0, 5), (1, 1))  # prompts of the picture
+ALONE, TOKEN, FIXED, NEW = "prompt alone", "token", "token by a fixed scale", ", new noise"
+RANDOM, BEST = "best of random tokens", f"best of {ITERATIONS} noises"
 CITATION = """@article{zafar2024counttoken,
   title = {Iterative Object Count Optimization for Text-to-image Diffusion Models},
   author = {Zafar, Oz and Wolf, Lior and Schwartz, Idan},
@@ -29,6 +34,7 @@ CITATION = """@article{zafar2024counttoken,
 
 
 def noise(seed: int, part: int) -> Tensor:
+    """Start noise for every picture that is asked for."""
     return Streams.of(mix(seed, part), len(ASKED)).normal(torch.empty(len(ASKED), 3, S.SIDE, S.SIDE))
 
 
@@ -65,13 +71,37 @@ def chance(generate: Generator, x: Tensor, cond: Any, seed: int) -> dict[str, Te
     noises, random = random_search(fresh, error, ITERATIONS).values, random_search(tokens, error, ITERATIONS).values
     with torch.no_grad():
         return {
-            "best of random tokens": generate(x, Token(random["token"]).put(cond)),
-            f"best of {ITERATIONS} noises": generate(noises["x"], cond),
+            RANDOM: generate(x, Token(random["token"]).put(cond)),
+            BEST: generate(noises["x"], cond),
         }
 
 
-def picture(rows: dict[str, Tensor], bars: dict[str, Tensor]) -> Any:
+@dataclass(frozen=True)
+class Counted:
+    """Pictures of every arm, judged by an independent counter."""
+
+    pictures: dict[str, Tensor]
+    judge: Any
+
+    def errors(self, arm: str) -> Tensor:
+        """How far the number drawn is from the one asked for, a picture each."""
+        found, wanted = self.judge.count(self.pictures[arm]), WANTED[BIG] if arm == FIXED else WANTED
+        return (found - wanted.repeat(len(found) // len(wanted))).abs().float()
+
+    def mean(self, arm: str) -> float:
+        """Of those."""
+        return float(self.errors(arm).mean())
+
+    def kept(self, arm: str) -> float:
+        """The share of pictures that show the right object."""
+        return float((self.judge.kind(self.pictures[arm]) == KINDS).float().mean())
+
+
+def picture(counted: Counted) -> Any:
     """Prompts with and without their tokens, and the mean errors of all arms."""
+    made = counted.pictures
+    rows = {"prompt alone": made[ALONE], "token": made[TOKEN], "token,\nnew noise": made[TOKEN + NEW][: len(ASKED)]}
+    bars = {arm: counted.errors(arm) for arm in made if arm != FIXED}
     shown = [i for i, (k, _, n) in enumerate(ASKED) if i % NOISES == 0 and (k, n) in SHOWN]
     with plots.style():
         made = plots.figure(11, 4.1)
@@ -104,7 +134,29 @@ def picture(rows: dict[str, Tensor], bars: dict[str, Tensor]) -> Any:
         return plots.image(made)
 
 
-SHOWN = ((0, 2), (1, 4), (2, 6), (3, 3), (0, 5), (1, 1))
+def rules(counted: Counted, gain: float) -> list[Check]:
+    """The clauses of the claim; ``gain`` is the upper end of what a reused token adds to the error."""
+    ours, large = counted.mean(TOKEN), float(counted.errors(TOKEN)[BIG].mean())
+    return [
+        Check("mean error of the number drawn, by an independent counter", ours, counted.mean(ALONE), "ours <= 0.6 * baseline"),
+        Check("mean error on sizes the counter never saw, against its fixed scale", large, counted.mean(FIXED), "ours < baseline"),
+        Check("change of the error by a reused token, upper end of the 95 % interval", gain, None, "ours < 0"),
+        Check("share of pictures of the right object", counted.kept(TOKEN), counted.kept(ALONE), "ours >= 0.9 * baseline"),
+        Check(f"mean error, against the {BEST} by the detector", ours, counted.mean(BEST), "ours <= baseline"),
+    ]  # fmt: skip
+
+
+def said(counted: Counted) -> str:
+    """What a reader must know."""
+    upscaled = [float((S.components(counted.pictures[arm], 2) - WANTED).abs().float().mean()) for arm in (ALONE, TOKEN)]
+    return (
+        f"A token a prompt, learnt on {NOISES} noises; learning rate and the line of the number words were chosen on seeds 100 and 101. Error of the "
+        f"prompt alone {counted.mean(ALONE):.2f}, token {counted.mean(TOKEN):.2f}, best of as many random tokens {counted.mean(RANDOM):.2f}, best of as many noises {counted.mean(BEST):.2f}: "
+        "noises chosen by the same detector are better than the token wherever chance draws the right number now and then; they cost "
+        f"as much again for every picture. Reused on new noise: {counted.mean(ALONE + NEW):.2f} to {counted.mean(TOKEN + NEW):.2f}; captions two off leave the model a broad "
+        f"law of numbers whatever the token, so most of what a token gains belongs to the noises it was learnt on. Components on a doubled picture say {upscaled[0]:.2f} "
+        f"to {upscaled[1]:.2f}. The density counter was taught on small drawings only."
+    )
 
 
 @recipe(
@@ -116,68 +168,27 @@ SHOWN = ((0, 2), (1, 4), (2, 6), (3, 3), (0, 5), (1, 1))
     citation=CITATION,
 )
 def count_token(seed: int) -> Findings:
+    """Tokens learnt on their noises, by a scale set anew and by a fixed one; chance at the same cost; both on new noise."""
     model, (counter, scale) = S.generator(seed), S.density(seed)
     helper, judge = S.reader(seed, 12, 120), S.reader(mix(seed, 1))  # the judge is not asked before the end
     cond = S.prompts([f"{S.COUNTS[n - 1]} {size} {S.NOUNS[k]}" for k, size, n in ASKED])
-    generate, x, big = Generator(model, steps=6, grid="uniform"), noise(seed, 1), LARGE.nonzero()[:, 0]
-    token = learnt(generate, x, cond, CountLoss(counter, WANTED, scale, S.components), helper, torch.arange(len(x)))
-    fixed = learnt(generate, x, cond, CountLoss(counter, WANTED[big], scale), helper, big)
+    generate, x, everything = Generator(model, steps=6, grid="uniform"), noise(seed, 1), torch.arange(len(ASKED))
+    token = learnt(generate, x, cond, CountLoss(counter, WANTED, scale, S.components), helper, everything)
+    fixed = learnt(generate, x, cond, CountLoss(counter, WANTED[BIG], scale), helper, BIG)
+    told, told_fixed = token.put(cond), fixed.put({k: v[BIG] for k, v in cond.items()})
+    fresh = [noise(seed, part) for part in (50, 51)]
     with torch.no_grad():
-        base, ours = generate(x, cond), generate(x, token.put(cond))
-        static = generate(x[big], fixed.put({k: v[big] for k, v in cond.items()}))
-        fresh = [noise(seed, part) for part in (50, 51)]
-        alone, reused = ([generate(z, c) for z in fresh] for c in (cond, token.put(cond)))
-    others = chance(generate, x, cond, seed)
-
-    def errors(pictures: Tensor, wanted: Tensor = WANTED) -> Tensor:
-        return (judge.count(pictures) - wanted).abs().float()
-
-    mean = {name: float(errors(p).mean()) for name, p in {"base": base, "ours": ours, **others}.items()}
-    before, after = (torch.cat([errors(p) for p in each]) for each in (alone, reused))
-    gain = bootstrap_interval(lambda v: float(v.mean()), after - before, seed=seed)
-    kept, kept_before = (float((judge.kind(p) == KINDS).float().mean()) for p in (ours, base))
-    upscaled = [float((S.components(p, 2) - WANTED).abs().float().mean()) for p in (base, ours)]
-    best = mean[f"best of {ITERATIONS} noises"]
-    bars = {
-        "prompt alone": errors(base),
-        "token": errors(ours),
-        "prompt alone, new noise": before,
-        "token, new noise": after,
-    }
+        pictures = {ALONE: generate(x, cond), TOKEN: generate(x, told), FIXED: generate(x[BIG], told_fixed)}
+        for arm, read in ((ALONE, cond), (TOKEN, told)):
+            pictures[arm + NEW] = torch.cat([generate(z, read) for z in fresh])
+    counted = Counted(pictures | chance(generate, x, cond, seed), judge)
+    change = counted.errors(TOKEN + NEW) - counted.errors(ALONE + NEW)
+    gain = bootstrap_interval(lambda v: float(v.mean()), change, seed=seed)
     return Findings(
-        [
-            Check(
-                "mean error of the number drawn, by an independent counter",
-                mean["ours"],
-                mean["base"],
-                "ours <= 0.6 * baseline",
-            ),
-            Check(
-                "mean error on sizes the counter never saw, against its fixed scale",
-                float(errors(ours)[big].mean()),
-                float(errors(static, WANTED[big]).mean()),
-                "ours < baseline",
-            ),
-            Check("change of the error by a reused token, upper end of the 95 % interval", gain.high, None, "ours < 0"),
-            Check("share of pictures of the right object", kept, kept_before, "ours >= 0.9 * baseline"),
-            Check(
-                f"mean error, against the best of {ITERATIONS} noises by the detector",
-                mean["ours"],
-                best,
-                "ours <= baseline",
-            ),
-        ],
+        rules(counted, gain.high),
         nfe={"a picture": 6, "a token": 6 * 3 * ITERATIONS},
         data=f"scenes of one to six emoji of four kinds in two sizes, made here; {len(PROMPTS)} prompts with {NOISES} noises each, {2 * len(x)} pictures of new noise for reuse",
         model="U-Net (0.6 million weights, rectified flow, 24 x 24 pixels) taught here on careless captions; 6 steps in the place of a one-step model",
-        notes=f"A token a prompt, learnt on {NOISES} noises; learning rate and the line of the number words were chosen on seeds 100 and 101. Error of the "
-        f"prompt alone {mean['base']:.2f}, token {mean['ours']:.2f}, best of as many random tokens {mean['best of random tokens']:.2f}, best of as many noises {best:.2f}: "
-        "noises chosen by the same detector are better than the token wherever chance draws the right number now and then; they cost "
-        f"as much again for every picture. Reused on new noise: {float(before.mean()):.2f} to {float(after.mean()):.2f}; captions two off leave the model a broad "
-        f"law of numbers whatever the token, so most of what a token gains belongs to the noises it was learnt on. Components on a doubled picture say {upscaled[0]:.2f} "
-        f"to {upscaled[1]:.2f}. The density counter was taught on small drawings only.",
-        picture=picture(
-            {"prompt alone": base, "token": ours, "token,\nnew noise": reused[0]},
-            bars | {k: errors(v) for k, v in others.items()},
-        ),
+        notes=said(counted),
+        picture=picture(counted),
     )
