@@ -5,6 +5,7 @@ from sfumato.acceleration.caching import Cached, around, cached, deepcache, ever
 from sfumato.acceleration.calibration import Calibration, denoised, noised
 from sfumato.acceleration.counting import operations
 from sfumato.acceleration.integers import int8
+from sfumato.acceleration.kernels import onednn
 from sfumato.acceleration.merging import Merged, token_merging
 from sfumato.acceleration.quantization import quantized
 from sfumato.acceleration.regions import RegionAdaptive, region_adaptive
@@ -23,6 +24,7 @@ __all__ = [
     "int8",
     "names",
     "noised",
+    "onednn",
     "operations",
     "quantized",
     "region_adaptive",

@@ -259,17 +259,18 @@ def _pixart(d: Any, scheduler: Any = None) -> Any:
     )
 
 
-def _dit(d: Any, scheduler: Any = None) -> Any:
-    net = d.DiTTransformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=1000,
-    )
+def _dit(d: Any, scheduler: Any = None, **options: Any) -> Any:
+    facts = {
+        "sample_size": 8,
+        "num_layers": 1,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_embeds_ada_norm": 1000,
+    }
+    net = d.DiTTransformer2DModel(**{**facts, **options})
     return d.DiTPipeline(net.eval(), autoencoder(d), scheduler or d.DDIMScheduler(clip_sample=False))
 
 
