@@ -170,6 +170,42 @@ def test_a_model_that_reads_words_is_given_the_captions_of_the_reference(run, mo
     assert run("evaluate", models / "worded", *options, "--json").record["prompts_of_reference"] is True
 
 
+def test_evaluate_by_default_measures_fewer_pictures_than_there_are_features(run, models):
+    options = ["--reference", "digits:test", "-n", 60, "--features", "pixels", "--steps", 1]
+    rows = run("evaluate", models / "styled", *options, "--json").record["rows"]
+    assert "kernel distance" in {row["name"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says"), [("frechet", "content with fewer"), ("frechets", "frechets"), ("memorisation", "training")]
+)
+def test_evaluate_refuses_what_it_cannot_measure_before_it_draws(run, models, monkeypatch, metrics, says):
+    monkeypatch.setattr(sfumato.Pipeline, "generate", lambda *_, **__: pytest.fail("drawn"))
+    options = ["--reference", "digits:test", "-n", 60, "--features", "pixels", "--metrics", metrics]
+    found = run("evaluate", models / "styled", *options)
+    assert found.status == 2 and says in found.stderr
+    assert run("evaluate", models / "styled", *options[:-1], "kernel", "--out", "table.xls").status == 2
+
+
+class Reader:
+    """Pictures and words in one space."""
+
+    name = "reader"
+
+    def __call__(self, images):
+        return images.flatten(1).float()[:, :8]
+
+    def encode_text(self, texts):
+        return torch.stack([torch.randn(8, generator=torch.Generator().manual_seed(len(text))) for text in texts])
+
+
+def test_evaluate_asks_the_pictures_for_the_words_of_the_reference(run, models, words, monkeypatch):
+    monkeypatch.setattr("sfumato.evaluation.features.get", lambda name: Reader())
+    options = ["--reference", "digits:test", "-n", 60, "--metrics", "text-agreement", "--steps", 1, "--json"]
+    rows = run("evaluate", models / "worded", *options).record["rows"]
+    assert rows[0]["name"] == "text agreement" and rows[0]["n"] == 60
+
+
 def test_demo_says_before_it_draws_that_a_file_is_no_folder(run, tmp_path):
     (tmp_path / "here.png").write_bytes(b"kept")
     said = run("demo", "--out", "here.png")

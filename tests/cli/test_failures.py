@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from sfumato.core.errors import InputError
 
@@ -31,6 +32,13 @@ from .conftest import environment
         (["sample", "noto", "-m", "styled", "--cond", "mood=sad"], "mood"),
         (["sample", "noto", "-m", "styled", "-n", "5000"], "shards"),
         (["sample", "--replay", "nothing.png"], "no picture"),
+        (["sample", "noto", "-m", "styled", "--guidance", "nan"], "a finite scale"),
+        (["sample", "noto", "-m", "styled", "--guidance", "-inf"], "a finite scale"),
+        (["edit", "nothing.png", "--prompt", "x"], "'nothing.png' does not exist"),
+        (["edit", ".", "--prompt", "x"], "'.' is a directory"),
+        (["invert", "."], "'.' is a directory"),
+        (["directions", "styled", "--from", "digits:train"], "--from and --to"),
+        (["train", "--data", "digits", "--out", "r", "--set", "network.width=-8"], "network.width=-8"),
         (["train", "--out", "r"], "--data"),
         (["train", "--data", "digits", "--out", "r", "--set", "stepps=3"], "no setting 'stepps'"),
         (["train", "--data", "digits", "--out", "r", "--set", "steps=few"], "whole number"),
@@ -58,6 +66,55 @@ def test_wrong_usage_is_one_line_and_status_2(run, models, args, says):
     assert (found.status, found.stdout) == (2, "")
     assert found.stderr.startswith("sfumato: ") and found.stderr.count("\n") == 1
     assert says in found.stderr
+
+
+WRITING = (
+    ["sample", "noto", "-m", "styled", "--out", "kept/out.png"],
+    ["sample", "noto", "-m", "styled", "--out", "kept/set/"],
+    ["edit", "picture.png", "--prompt", "x", "-m", "styled", "--out", "kept/out.png"],
+    ["invert", "picture.png", "-m", "styled", "--out", "kept/out.png"],
+    ["directions", "styled", "--from", "digits:train", "--to", "digits:test", "--out", "kept/out.safetensors"],
+    ["train", "--data", "digits", "--out", "kept"],
+    ["distill", "styled", "--out", "kept"],
+    ["tune", "styled", "--out", "kept/card.json"],
+    ["compare", "styled", "--out", "kept/out.png"],
+    ["evaluate", "styled", "--reference", "digits:test", "--out", "kept/out.md"],
+    ["reproduce", "dpm-solver-pp", "--out", "kept"],
+    ["zoo", "make", "digits", "--out", "kept"],
+    ["demo", "-m", "styled", "--out", "kept"],
+)
+
+
+@pytest.mark.parametrize("args", WRITING, ids=lambda args: f"{args[0]} {args[-1]}")
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(run, models, tmp_path, monkeypatch, args):
+    def worked(*_, **__):
+        raise AssertionError("the work was done before the place was looked at")
+
+    for part in ("core.solver.trajectory", "training.Trainer.fit", "recipes._base.Recipe.run", "zoo.making.make"):
+        monkeypatch.setattr(f"sfumato.{part}", worked)
+    monkeypatch.setattr("sfumato.pipeline.trajectory", worked)
+    (tmp_path / "kept").write_text("kept")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    found = run(*(str(models / a) if a == "styled" else a for a in args))
+    assert found.status == 2 and "kept is a file" in found.stderr, found.stderr
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    from sfumato.cli import _places
+
+    def refused(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    with pytest.raises(InputError, match="cannot be written: .* says 'Permission denied'"):
+        _places.file(tmp_path / "new" / "out.png", ".png", what="a picture")
+    assert not (tmp_path / "new").exists()
+
+
+def test_refused_prompts_leave_no_begun_folder(run, models):
+    assert run("sample", "apple", "-m", models / "styled", "-n", 3, "--out", "set/").status == 2
+    run("sample", "noto", "-m", models / "styled", "-n", 3, "--steps", 1, "--out", "set/").fine()
 
 
 def test_a_defect_is_status_3_and_debugging_shows_where(run, monkeypatch):
@@ -94,6 +151,15 @@ def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m sfumato papers | head -n 1; echo ${{PIPESTATUS[0]}}"
     found = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, check=False)
     assert found.stdout.splitlines()[-1] == "0" and found.stderr == ""
+
+
+def test_a_reader_that_left_before_the_first_word_is_no_error():
+    for args in (["papers", "--json"], ["papers"], ["--version"]):
+        command = [sys.executable, "-m", "sfumato", *args]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, env=environment(), **pipes) as process:
+            process.stdout.close()
+            assert (process.stderr.read(), process.wait()) == (b"", 0), args
 
 
 def test_an_error_of_a_worker_is_the_users_as_in_one_process():

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -44,9 +45,6 @@ class Commands(TyperGroup):
             return _say("interrupted", status) if status == INTERRUPTED else status
         except KeyboardInterrupt:
             return _say("interrupted", INTERRUPTED)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: not ours to complain
-            return 0
         except Exception as error:
             if os.environ.get("SFUMATO_DEBUG"):
                 raise
@@ -122,12 +120,13 @@ app = typer.Typer(
 def _start(
     ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False
 ) -> None:
-    if version:
-        import sfumato
+    with _left():
+        if version:
+            import sfumato
 
-        print(f"sfumato {sfumato.__version__}")
-    elif ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+            print(f"sfumato {sfumato.__version__}")
+        elif ctx.invoked_subcommand is None:
+            print(ctx.get_help())
 
 
 def command(
@@ -164,13 +163,33 @@ def show(answer: Answer, as_json: bool) -> None:
     """Print the record as JSON, or what is meant for people; of several processes only the first speaks."""
     if os.environ.get("RANK", "0") != "0":
         return
-    if as_json:
-        print(json.dumps(answer.record, ensure_ascii=False, allow_nan=False))
-    elif answer.shown is not None:
-        from rich.console import Console
+    with _left():
+        if as_json:
+            print(json.dumps(answer.record, ensure_ascii=False, allow_nan=False))
+        elif answer.shown is not None:
+            _shown(answer.shown)
 
-        wide = None if sys.stdout.isatty() else 200  # a pipe has no width: keep rows whole
-        Console(width=wide, markup=False, highlight=False, soft_wrap=isinstance(answer.shown, str)).print(answer.shown)
+
+def _shown(what: Any) -> None:
+    """Print text or a renderable; rich would end the process where a reader left, which ``_left`` answers for."""
+    from rich.console import Console
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # what rich has just caught
+
+    wide = None if sys.stdout.isatty() else 200  # a pipe has no width: keep rows whole
+    Screen(width=wide, markup=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+
+
+@contextlib.contextmanager
+def _left() -> Iterator[None]:
+    """All that is printed arrives, or nobody reads any more, which is not ours to complain about."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title: str | None = None) -> Any:
@@ -213,8 +232,13 @@ def named_values(given: Iterable[str]) -> dict[str, str]:
 
 
 def scale_or_spec(guidance: str | None) -> float | str | None:
-    """A scale as a number; anything else is the spec of a guidance."""
+    """A scale as a number; anything else is the spec of a guidance. InputError for a number that is none."""
+    from sfumato.core.errors import InputError
+
     try:
-        return None if guidance is None else float(guidance)
+        scale = None if guidance is None else float(guidance)
     except ValueError:
         return guidance
+    if scale is not None and not math.isfinite(scale):
+        raise InputError(f"--guidance {guidance}: a finite scale, such as 3, or a spec such as 'apg(scale=4)'")
+    return scale

@@ -40,14 +40,9 @@ def sheet(images: Tensor, columns: int | None = None, scale: int | None = None) 
 
 def png(path: str | Path) -> Path:
     """The path, if a picture can be written there; asked before the work is done."""
-    from sfumato.core.errors import InputError
+    from sfumato.cli._places import file
 
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise InputError(
-            f"{path}: pictures are written as .png, which carries the card of the run; give a name that ends so"
-        )
-    return path
+    return file(path, ".png", what="pictures are written as .png, which carries the card of the run")
 
 
 def save(picture: Image, path: Path, card: Mapping[str, Any]) -> Path:

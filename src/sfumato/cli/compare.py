@@ -75,11 +75,12 @@ def compare(
     `sfumato compare emoji-latent --also emoji-latent-4 --accelerate deepcache --reference emoji:train --features emoji-judge`.
     """
     import sfumato
+    from sfumato.cli._pictures import png
     from sfumato.core.errors import InputError
     from sfumato.evaluation import compare as verb
 
-    if out is not None and out.suffix != ".png":
-        raise InputError(f"{out}: the picture is a .png file")
+    if out is not None:
+        png(out)
     if reference is None and (features, metric) != (FEATURES, METRIC):
         raise InputError("--features and --metric say how pictures are judged against --reference: give that too")
     pipeline = sfumato.load(model)

@@ -47,11 +47,10 @@ def demo(
     import time
 
     from sfumato.cli._pictures import save
-    from sfumato.core.errors import InputError
+    from sfumato.cli._places import folder
     from sfumato.zoo.captions import DEMO_PROMPTS
 
-    if out.is_file():
-        raise InputError(f"{out} is a file: --out is the folder that demo.png is written to")
+    folder(out)
     began = time.perf_counter()
     names, words = tuple(models or MODELS), tuple(prompts or DEMO_PROMPTS[:WORDS])
     rows = drawn(names, words, seed)

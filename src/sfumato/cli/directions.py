@@ -46,13 +46,15 @@ def directions(
     import time as clock
 
     import sfumato
+    from sfumato.cli._places import file
     from sfumato.core.errors import InputError
     from sfumato.editing.directions import Learned, learn
 
-    if out.suffix != ".safetensors":
-        raise InputError(f"{out}: a direction is kept in a .safetensors file")
+    file(out, ".safetensors", what="a direction is kept in a .safetensors file")
     pipeline = sfumato.load(model)
     given = [None if source is None else _pictures(source, pipeline, number) for source in (before, after)]
+    if method == "boundary-diffusion" and None in (before, after):
+        raise InputError("a boundary lies between two kinds of pictures: give both, --from and --to")
     began = clock.perf_counter()
     told = named_values(cond or ())
     found = learn(

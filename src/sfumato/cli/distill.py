@@ -168,6 +168,7 @@ def _planned(
     given: list[str],
 ) -> dict[str, Any]:
     """Model, data, prompts and settings: a resume takes those of the run, and may change only how long and how often."""
+    from sfumato.cli._places import folder
     from sfumato.core.errors import InputError
     from sfumato.distillation import METHODS, Settings
     from sfumato.files import write_atomically
@@ -196,7 +197,7 @@ def _planned(
         if method in METHODS and METHODS[method].reads in ("data", "restored") and data is None:
             raise InputError(f"{method} learns from pictures: give --data, a folder or the name of a data set")
         plan = {"model": model, "data": data, "prompts": prompts or None, "settings": dataclasses.asdict(settings)}
-    out.mkdir(parents=True, exist_ok=True)
+    folder(out).mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(plan, indent=1).encode())
     return plan
 

@@ -16,19 +16,24 @@ DEFAULT_METHOD = "edit-friendly"
 
 @command("edit")
 def edit(
-    image: Annotated[Path | None, typer.Argument(help="The picture to change.")] = None,
+    image: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, help="The picture to change.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the result shows.")] = None,
     method: Annotated[
         str, typer.Option(help="A name, or with numbers: 'edict(strength=0.7)'; --list says what each needs.")
     ] = DEFAULT_METHOD,
     source: Annotated[str | None, typer.Option(help="What the picture shows.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="A picture, white where the first may change.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A picture, white where the first may change.")
+    ] = None,
     points: Annotated[
         list[str] | None, typer.Option(metavar="X,Y,U,V", help="What is at (X, Y) moves to (U, V); may be repeated.")
     ] = None,
-    reference: Annotated[Path | None, typer.Option(help="A second picture, for methods that mix or paste.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A second picture, for methods that mix or paste.")
+    ] = None,
     direction: Annotated[
-        Path | None, typer.Option(help="What `sfumato directions` learned, for methods that follow it.")
+        Path | None,
+        typer.Option(help="What `sfumato directions` learned, for methods that follow it."),
     ] = None,
     model: OfModel = "emoji-latent",
     cond: Annotated[

@@ -16,7 +16,7 @@ DEFAULT_METHOD = "edict"
 
 @command("invert")
 def invert(
-    image: Annotated[Path, typer.Argument(help="The picture.")],
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The picture.")],
     prompt: Annotated[str | None, typer.Option(help="What it shows.")] = None,
     method: Annotated[
         str,

@@ -68,11 +68,14 @@ def reproduce(
 ) -> Answer:
     """Run published systems beside their baselines; the exit status says whether every claim held."""
     from sfumato import recipes
+    from sfumato.cli._places import folder
     from sfumato.core.errors import InputError
 
     chosen = recipes.names() if everything else list(slugs or ())
     if not chosen:
         raise InputError("no system was named: give a SLUG (`sfumato papers` lists them), or --all")
+    if out is not None:
+        folder(out)
     found = [made.run(seed=seed, out=out) for made in [recipes.get(slug) for slug in chosen]]
     held = all(evidence.holds for evidence in found)
     single = len(found) == 1 and not everything

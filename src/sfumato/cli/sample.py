@@ -254,11 +254,17 @@ def _shards(
     out: Path,
     processes: int,
 ) -> Answer:
+    import sfumato
     from sfumato.cli._launch import launched
+    from sfumato.cli._places import folder
     from sfumato.cli.shards import make
 
+    folder(out)
     count = n * max(1, len(prompts or ()))
     card = described(model, prompts, n, options, seed, cond) | dict(extra)
+    sfumato.load(model).conditions(
+        len(prompts or ()) or 1, list(prompts or ()) or None, **cond
+    )  # refused before it begins
     launched(make, processes, str(out), card, count)
     record = {**card, "out": str(out), "count": count}
     return Answer(record, f"{out}: {count} pictures of {model} in shards (sfumato.training.data.Shards reads them)")

@@ -150,6 +150,7 @@ def train(
 
 def _planned(out: Path, data: str | None, resume: bool, given: list[str]) -> tuple[str, Settings]:
     """Data and settings: a resume takes those of the run, and may change only how long and how often."""
+    from sfumato.cli._places import folder
     from sfumato.core.errors import InputError
     from sfumato.files import write_atomically
 
@@ -170,7 +171,7 @@ def _planned(out: Path, data: str | None, resume: bool, given: list[str]) -> tup
         if data is None:
             raise InputError("--data is missing: a folder of pictures, or the name of a data set")
         settings = parsed(given)
-    out.mkdir(parents=True, exist_ok=True)
+    folder(out).mkdir(parents=True, exist_ok=True)
     plan_text = json.dumps({"data": data, "settings": dataclasses.asdict(settings)}, indent=1)
     write_atomically(plan, plan_text.encode())
     return str(data), settings

@@ -97,7 +97,7 @@ def denoiser_of(found: Pictures, kind: str, settings: Settings) -> Parametrized:
     """The untrained network of the settings, as a denoiser of the process."""
     import torch
 
-    from sfumato import networks, processes
+    from sfumato import processes
     from sfumato.denoisers import parametrized
 
     channels = found.batch([0])["x"].shape[1]
@@ -108,8 +108,22 @@ def denoiser_of(found: Pictures, kind: str, settings: Settings) -> Parametrized:
     null: Any = {"text": TEXT_NULL, "label": {CLASS: len(found.classes)}, "none": {}}[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        net = networks.build(settings.network, {**config, **settings.numbers})
+        net = _built(settings, {**config, **settings.numbers})
     return parametrized(net, getattr(processes, PROCESSES[settings.process])(), settings.objective, null=null)
+
+
+def _built(settings: Settings, config: Mapping[str, Any]) -> nn.Module:
+    """The network; InputError where PyTorch cannot make one of the numbers that were given."""
+    from sfumato import networks
+    from sfumato.core.errors import InputError
+
+    try:
+        return networks.build(settings.network, config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError) or not settings.numbers:
+            raise
+        given = ", ".join(f"network.{name}={value}" for name, value in settings.numbers.items())
+        raise InputError(f"no {settings.network} can be made with {given}: {error}") from error
 
 
 def _conditioned(found: Pictures, kind: str, conditioner: Conditioner) -> Callable[[dict[str, Any]], dict[str, Any]]:

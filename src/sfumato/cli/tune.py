@@ -44,11 +44,10 @@ def tune(
     Use it with `sfumato sample --sampler CARD.json`. The figures are of noise that was used neither to fit nor to choose.
     """
     import sfumato
+    from sfumato.cli._places import file
     from sfumato.core.errors import InputError
 
-    path = out or Path(f"{Path(model).name}-{nfe}.json")
-    if path.suffix != ".json":
-        raise InputError(f"{path}: a sampler card is a .json file")
+    path = file(out or f"{Path(model).name}-{nfe}.json", ".json", what="a sampler card is a .json file")
     if by not in ("trajectory", "distance"):
         raise InputError(f"--by {by}: 'trajectory' or 'distance'")
     pipeline = sfumato.load(model)

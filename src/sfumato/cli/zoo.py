@@ -88,8 +88,12 @@ def make(
     export: Annotated[Path | None, typer.Option(help="Write the model there, as it is bundled.")] = None,
 ) -> Answer:
     """Train a bundled model again, as it was made."""
+    from sfumato.cli._places import folder
     from sfumato.zoo import making
 
+    for place in (out, export):
+        if place is not None:
+            folder(place)
     making.make(name, out, **({} if steps is None else {"steps": steps}))
     written = None if export is None else str(making.export(name, out, export))
     return Answer({"name": name, "out": str(out), "export": written}, f"{written or out}: {name}")

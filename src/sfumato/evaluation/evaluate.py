@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -139,7 +139,7 @@ def evaluate(
         MissingExtra: an extractor or a metric whose package is not installed.
     """
     extractor = _extractor(features)
-    chosen = _chosen(metrics, {"training": training, "prompts": prompts})
+    chosen = find(metrics, {"training": training, "prompts": prompts})
     ranks = Ranks.detect(distributed)
 
     def make(name: str, images: Images) -> Tensor:
@@ -200,14 +200,15 @@ def _extractor(features: str | Extractor) -> Extractor:
     return found
 
 
-def _chosen(metrics: Sequence[str | Metric], given: dict[str, Any]) -> list[Metric]:
+def find(metrics: Sequence[str | Metric], given: Mapping[str, Any]) -> list[Metric]:
+    """The metrics of those names. InputError where there is none of a name, or where ``given`` lacks what it reads."""
     if isinstance(metrics, str) or not metrics:
         raise InputError(
             f"metrics: a sequence of names is wanted, got {metrics!r}; there are: {', '.join(METRICS.names())}"
         )
     for name in metrics:
         need = NEEDS.get(name) if isinstance(name, str) else None
-        if need and given[need] is None:
+        if need and given.get(need) is None:
             raise InputError(f"metric {name!r} needs {need}=...")
     return [metric if callable(metric) else METRICS.find(metric) for metric in metrics]
 
