@@ -187,6 +187,33 @@ def test_the_adjoint_converges_to_the_exact_gradient_with_its_order(order, varia
     assert min(slopes) >= order - 0.3, slopes
 
 
+def test_the_adjoint_of_order_2_is_heuns_method_also_where_steps_grow():
+    """Written out in rho: on uniform t the steps grow towards the noise, where slopes must not be extrapolated."""
+    law, x = processes.VP(), normal(5, 3).requires_grad_()
+    denoiser = sf.parametrized(network(), law, "eps")
+    ctx, weight = Context.of(5, 0, cond={"vector": normal(5, 4)}, dtype=DOUBLE), normal(5, 3, seed=4)
+    options = {"solver": "ddim", "grid": "uniform", "steps": 6, "stop": 0.01}
+    end = gradients.sample(denoiser, method=Adjoint(2, "rho"), x=x, cond=ctx.cond, parameters=(), **options)
+    (found,) = torch.autograd.grad((end * weight).sum(), [x])
+
+    run = list(sf.trajectory(denoiser, x=x.detach(), cond=ctx.cond, **options))[::-1]
+    coefs = [law.coef(st.t) for st in run]
+    rhos, states = [c.sigma / c.alpha for c in coefs], [st.x / c.alpha for st, c in zip(run, coefs, strict=True)]
+
+    def slope(i, a):
+        def eps(y):
+            return denoiser(y * coefs[i].alpha, run[i].t, ctx).view("eps")
+
+        return torch.autograd.functional.vjp(eps, states[i], a)[1]
+
+    a = weight * coefs[0].alpha
+    for i in range(len(run) - 1):
+        step = rhos[i + 1] - rhos[i]
+        here = slope(i, a)
+        a = a - step / 2 * (here + slope(i + 1, a - step * here))
+    assert torch.allclose(found, a / coefs[-1].alpha, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("store", [True, False])
 def test_the_adjoint_of_a_guided_network_comes_near_backpropagation_for_all_arguments(store):
     options = {"solver": "heun", "grid": "uniform", "start": 0.8, "stop": 0.02}

@@ -50,8 +50,9 @@ class Adjoint:
                                 both ends and the default
                        'rho'    sigma / alpha and x / alpha, where F is eps: the published one; not where alpha = 0
                        't'      t and x, where F is the flow: stiff near the data
-    order     1: Euler's method, one product with the Jacobian a call, as published; 2, 3, 4: Adams-Bashforth-Moulton in
-              u with one call and two products a step
+    order     1: Euler's method, one product with the Jacobian a call, as published; 2: Heun's method; 3, 4: Adams-Moulton
+              in u, predicted by Adams-Bashforth of one order less, which loses nothing and extrapolates less where steps
+              grow; one call and two products a step
     store     keep the states of the run (one latent a step, small beside the activations of a call). False: solve them
               backwards as well from the last two, in memory that does not depend on the number of steps; a contracting
               flow is unstable that way, so this needs small steps
@@ -178,16 +179,21 @@ class Backward:
 
     def _advance(self, a: Tensor, slopes: list[Tensor], j: int, call: Call) -> Tensor:
         """a at node j: predicted from the slopes before, then corrected with the slope there."""
+        ahead = self._ahead(a, -1.0, slopes, j)
         if self.rule.order == 1:
-            return self._moved(a, -1.0, self._weights(j, range(j - 1, j - 2, -1)), slopes)
-        ahead = self._moved(a, -1.0, self._weights(j, self._nodes(j - 1, len(slopes))), slopes)
+            return ahead
         there = self._slope(call, j, ahead, 0.0)
         known = [there, *slopes][: self.rule.order]
         return self._moved(a, -1.0, self._weights(j, self._nodes(j, len(known))), known)
 
+    def _ahead(self, z: Tensor, sign: float, slopes: list[Tensor], j: int) -> Tensor:
+        """z at node j from the slopes before it, through one node less than the corrector has."""
+        known = slopes[: max(self.rule.order - 1, 1)]
+        return self._moved(z, sign, self._weights(j, self._nodes(j - 1, len(known))), known)
+
     def _state(self, z: Tensor, fields: list[Tensor], j: int) -> Tensor:
         """z at node j + 1 by the same method as a."""
-        ahead = self._moved(z, 1.0, self._weights(j + 1, self._nodes(j, len(fields))), fields)
+        ahead = self._ahead(z, 1.0, fields, j + 1)
         if self.rule.order == 1:
             return ahead
         call = self._call(j + 1, linear(self.scales[j + 1], ahead), grad=False)

@@ -41,6 +41,7 @@ def holds(rule: str, ours: float, baseline: float | None) -> bool:
 
 
 def _parsed(rule: str) -> tuple[ast.expr, set[str]]:
+    """The expression of a rule and the names in it; InputError where it is no comparison of ours."""
     try:
         tree = ast.parse(rule, mode="eval").body
     except SyntaxError as error:
@@ -61,6 +62,7 @@ def _true(tree: ast.expr, figures: Mapping[str, float]) -> bool:
 
 
 def _value(node: ast.expr, figures: Mapping[str, float], rule: str) -> Any:
+    """What the expression is with those figures: arithmetic, comparisons and `and`, nothing else."""
     if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
         return all([_value(part, figures, rule) for part in node.values])
     if isinstance(node, ast.Compare) and all(type(op) in BINARY for op in node.ops):
