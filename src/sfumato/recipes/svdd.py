@@ -49,8 +49,8 @@ def mirrored(x0: Tensor, cond: Any = None) -> Tensor:
 
 # reward, alpha, and the times at which it is looked at
 REWARDS: dict[str, tuple[Callable[..., Tensor], float, tuple[float, float]]] = {
-    "JPEG bytes, negative": (jpeg, 1.5, (0.0, 1.0)),
-    "mirrored pixels": (mirrored, 0.0, (0.0, 0.6)),
+    "JPEG bytes, negative": (jpeg, 0.0, (0.0, 0.25)),
+    "mirrored pixels": (mirrored, 0.0, (0.0, 0.45)),
 }
 
 
@@ -73,6 +73,7 @@ def tilted(seed: int, counts: tuple[int, ...], how: str, n: int = 3000) -> list[
 
 
 def picture(counts: tuple[int, ...], curves: dict[str, list[float]], sheets: dict[str, Tensor]) -> Any:
+    """Distance from the tilted law over M, and samples of each way."""
     with plots.style():
         made = plots.figure(11.5, 4.2)
         left, right = made.subfigures(1, 2, width_ratios=(1, 2.2))
@@ -102,6 +103,7 @@ def picture(counts: tuple[int, ...], curves: dict[str, list[float]], sheets: dic
     citation=CITATION,
 )
 def svdd(seed: int) -> Findings:
+    """Next states chosen by soft values beside the best of as many samples."""
     counts = (2, 8, 32)
     curves = {"exact value": tilted(seed, counts, "value"), "posterior mean": tilted(seed, counts, "reward")}
     checks = [
@@ -157,7 +159,8 @@ def svdd(seed: int) -> Findings:
         model=f"exact belief under VP; bundled digits network, class-conditional, unguided, DDPM of {STEPS} steps",
         notes=" ".join(notes)
         + " Where the log-probability of the class is lower, those few are the reason: the class is held by the network alone, and the "
-        "rewards prefer some shapes of other digits. alpha, and the time 0.6 from which mirrored pixels are looked at, were chosen on seeds from 100 on. The mixture is sampled by dpm-solver++sde, 25 steps. Left out: SMC, and masked "
+        "rewards prefer some shapes of other digits. alpha and the times were chosen on seeds 100 to 103: looking at bytes from the start (alpha 1.5) lost the class more "
+        "often, looking later gained too little; classifier-free guidance held the class, but left best-of-9 no digit misread at all. The mixture is sampled by dpm-solver++sde, 25 steps. Left out: SMC, and masked "
         "discrete diffusion, on which the unit tests prove the tilted law for independent sites.",
         picture=picture(counts, curves, sheets),
     )
