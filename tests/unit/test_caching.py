@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -147,3 +149,17 @@ def test_a_diffusers_network_is_cached_too():
         options = {"solver": "ddim", "steps": 5, "x": start, "start": 0.9}
         assert torch.equal(sf.sample(deepcache(1)(plain), **options), sf.sample(plain, **options))
         assert not torch.equal(sf.sample(deepcache(2)(plain), **options), sf.sample(plain, **options))
+
+
+@pytest.mark.parametrize(
+    "spec", ["deepcache(interval=2)", "deepcache(power=1.4)", "token-merging", "region-adaptive", "onednn"]
+)
+def test_an_accelerated_denoiser_goes_to_another_process(spec):
+    """Pickled before a run and after one, which leaves taps on the modules."""
+    plain = denoiser("dit")
+    made = sf.acceleration.get(spec)(plain)
+    sent = [pickle.loads(pickle.dumps(made))]
+    want = run(made, cond={"y": torch.tensor([0, 1, 2])}, steps=4)
+    sent.append(pickle.loads(pickle.dumps(made)))
+    for other in sent:
+        assert torch.equal(run(other, cond={"y": torch.tensor([0, 1, 2])}, steps=4), want)

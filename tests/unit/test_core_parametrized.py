@@ -172,3 +172,35 @@ def test_a_compiled_denoiser_is_the_same_function_and_hears_taps():
         doubled = ctx.fork(taps=[("net.2", lambda ctx, call, h: 2 * call(h))])
         a, b = plain(x, 0.5, doubled).native, compiled(x, 0.5, doubled).native
     assert torch.equal(a, b) and not torch.allclose(a, plain(x, 0.5, ctx).native)
+
+
+def test_a_plain_function_is_a_network() -> None:
+    def towards(x: Tensor, label: Tensor, colour: float = 0.5) -> Tensor:
+        return colour * x
+
+    denoiser = parametrized(towards, Flow(), "x0")
+    x = torch.randn(2, 3)
+    assert denoiser.reads == {"colour"} and not list(denoiser.parameters())
+    assert torch.equal(denoiser(x, 0.5, Context.of(2, 0)).native, 0.5 * x)
+    assert torch.equal(denoiser(x, 0.5, Context.of(2, 0, cond={"colour": 2.0})).native, 2 * x)
+    assert parametrized(lambda x, t: 0 * x, VP())(x, 0.5, Context.of(2, 0)).native.abs().max() == 0
+
+
+def test_a_state_of_another_type_than_the_network_is_refused_with_the_remedy() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            return self.inner(x)
+
+    denoiser = parametrized(Layer(), Flow(), "flow")
+    wide = torch.randn(2, 3, dtype=torch.float64)
+    with pytest.raises(
+        InputError, match=r"the state is torch.float64 and the network torch.float32: give x in torch.float32, or"
+    ):
+        sf.sample(denoiser, steps=2, x=wide)
+    assert sf.sample(denoiser.to(torch.float64), steps=2, x=wide).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # torch's own, where the types agree
+        sf.sample(denoiser, steps=2, x=wide[:, :2])

@@ -77,7 +77,7 @@ def test_wrong_numbers_say_what_is_taken() -> None:
         registry().get("plain", colour=2)
     with pytest.raises(InputError, match="it takes: size: 'int' = 9"):
         registry().get("large", colour=2)
-    with pytest.raises(InputError, match="it takes: none"):
+    with pytest.raises(InputError, match="it takes no numbers"):
         grids.get("uniform", rho=7)
 
 

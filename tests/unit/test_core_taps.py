@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from typing import Any
 
@@ -154,6 +155,9 @@ def test_a_tapped_module_stays_itself() -> None:
     fresh = Net()
     fresh.load_state_dict(net.state_dict())
     assert torch.equal(believe(fresh, double), edited)
+    again = pickle.loads(pickle.dumps(net))
+    assert type(again.blocks[0].second) is nn.Linear
+    assert torch.equal(believe(again), plain) and torch.equal(believe(again, double), edited)
 
 
 def test_gradients_pass_through_taps() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sfumato.core import InputError
 from sfumato.training.data import Arrays, Batches, ImageFolder, Shards, read_image, write_shards
+from sfumato.training.images import as_pixels
 
 RED = (204, 51, 102)  # in the web palette
 
@@ -322,3 +323,20 @@ def test_a_picture_that_cannot_be_read_stops_its_own_batch(tmp_path):
 def test_refusals(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_a_picture_may_be_a_file_a_pillow_image_an_array_or_a_tensor(tmp_path):
+    path = picture(tmp_path / "a.png", size=(16, 16))
+    want = read_image(path, 16)
+    values = np.asarray(Image.open(path))
+    for given_as in (path, str(path), Image.open(path), values, want, values[None], want[None]):
+        assert torch.equal(as_pixels(given_as, 16), want[None])
+    wide = Image.open(picture(tmp_path / "b.png", size=(32, 16)))
+    assert torch.equal(as_pixels(wide, (16, 16))[0], read_image(tmp_path / "b.png", 16, fit="pad"))
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert as_pixels(clear, 8).min() == 255 and as_pixels(clear, 8, background=(0, 0, 0)).max() == 0
+    for wrong in (values.astype(np.float32), want.float(), values[..., 0], [1, 2], want[None, None]):
+        with pytest.raises(InputError, match="reference: a file, a Pillow image"):
+            as_pixels(wrong, 16, what="reference")
+    with pytest.raises(InputError, match="is a folder"):
+        read_image(tmp_path, 16)

@@ -244,6 +244,12 @@ def test_impossible_numbers_are_refused(numbers: dict[str, Any]) -> None:
         cfg(2.0, **numbers)(Exact(VP()))
 
 
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_a_scale_that_is_no_number_is_refused(scale: float) -> None:
+    with pytest.raises(InputError, match="a finite number"):
+        cfg(scale)(parametrized(lambda x, label: x, Flow(), "flow"))
+
+
 def test_a_guidance_is_a_denoiser_of_the_same_process() -> None:
     inner = Exact(VP())
     outer = cfg(2.0)(inner)

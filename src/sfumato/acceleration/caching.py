@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -75,7 +76,11 @@ def every(interval: int = 3, last: int = 0) -> Schedule:
     """Calls 0, interval, 2 interval, ... in full, and the ``last`` calls of a run of known length; interval 1 is all."""
     if not (isinstance(interval, int) and interval >= 1 and last >= 0):
         raise InputError(f"interval = {interval}, last = {last}: whole numbers, at least 1 and 0")
-    return lambda index, total: index % interval == 0 or (total is not None and index >= total - last)
+    return partial(_every, interval, last)
+
+
+def _every(interval: int, last: int, index: int, total: int | None) -> bool:
+    return index % interval == 0 or (total is not None and index >= total - last)
 
 
 def around(center: float = 15.0, power: float = 1.4, interval: int = 3) -> Schedule:
@@ -85,28 +90,26 @@ def around(center: float = 15.0, power: float = 1.4, interval: int = 3) -> Sched
     center, rounded down; p starts at ``power`` and falls by 0.02 until all are different. For runs of a known length;
     ``interval`` calls apart where it is not known. Source: Ma, Fang, Wang, 2024, "DeepCache".
     """
-    regular = every(interval)
     if not (power >= 1 and center >= 0):
         raise InputError(f"center = {center}, power = {power}: not negative, and at least 1")
-    made: dict[int, frozenset[int]] = {}
-
-    def full(index: int, total: int | None) -> bool:
-        if total is None:
-            return regular(index, total)
-        if total not in made:
-            made[total] = frozenset(_spread(total, -(-total // interval), min(center, total), power))
-        return index in made[total] or index == 0
-
-    return full
+    return partial(_around, center, power, every(interval), interval)
 
 
-def _spread(total: int, count: int, center: float, power: float) -> set[int]:
+def _around(center: float, power: float, regular: Schedule, interval: int, index: int, total: int | None) -> bool:
+    if total is None:
+        return regular(index, total)
+    return index == 0 or index in _spread(total, -(-total // interval), min(center, total), power)
+
+
+@lru_cache(maxsize=64)
+def _spread(total: int, count: int, center: float, power: float) -> frozenset[int]:
+    """The calls of :func:`around`."""
     while True:
         low, high = -(center ** (1 / power)), (total - center) ** (1 / power)
         values = [low + (high - low) * i / count for i in range(count)]
         found = {max(0, min(total - 1, math.floor(math.copysign(abs(v) ** power, v) + center))) for v in values}
         if len(found) == count or power <= 1:
-            return found
+            return frozenset(found)
         power = max(1.0, power - 0.02)
 
 

@@ -57,6 +57,13 @@ class Int8(nn.Module):
         new.__dict__ = {**kept, "_lock": threading.Lock()}
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_ready": None}  # packed again where it is opened
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
     def __getattr__(self, name: str) -> Any:  # in_features and the like, which networks look at
         facts = self.__dict__.get("facts", {})
         return facts[name] if name in facts else super().__getattr__(name)

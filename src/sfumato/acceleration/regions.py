@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,9 +72,11 @@ class RegionAdaptive(Wrapper):
             )
         self.patch, self.ratio, self.full, self.metric = net.patch, ratio, full, metric
         self.high, self.starvation, self.exact = high, starvation, exact
-        self.taps: list[tuple[str, Tap]] = [("", _outputs(net.patch))]
+        self.taps: list[tuple[str, Tap]] = [("", partial(_outputs, net.patch))]
         if keys:
-            self.taps += [(f"blocks.{i}.attention.keys_values", _keys_values(str(i))) for i in range(len(net.blocks))]
+            self.taps += [
+                (f"blocks.{i}.attention.keys_values", partial(_keys_values, str(i))) for i in range(len(net.blocks))
+            ]
 
     def forward(self, x: Any, t: Any, ctx: Context) -> Any:
         refuse_gradient(self.inner, x)
@@ -116,36 +119,28 @@ class RegionAdaptive(Wrapper):
         return drawn.repeat(len(prediction) // len(drawn), 1)
 
 
-def _outputs(patch: int) -> Tap:
-    """The network's output; where a token is not active, what it was before in this branch of the memory."""
-
-    def around(ctx: Context, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        active = ctx.cond.get(ACTIVE)
-        if active is not None:
-            _refuse_others(ctx)
-        out = call(*args, **kwargs)
-        if active is not None:
-            grid = out.shape[0], 1, out.shape[2] // patch, out.shape[3] // patch
-            chosen = out.new_zeros(len(out), grid[2] * grid[3]).scatter(1, active, 1.0).view(grid)
-            out = torch.where(F.interpolate(chosen, scale_factor=patch).bool(), out, _kept(ctx, "output"))
-        ctx.memory["output"] = out
-        return out
-
-    return around
+def _outputs(patch: int, ctx: Context, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A tap: the network's output; where a token is not active, what it was before in this branch of the memory."""
+    active = ctx.cond.get(ACTIVE)
+    if active is not None:
+        _refuse_others(ctx)
+    out = call(*args, **kwargs)
+    if active is not None:
+        grid = out.shape[0], 1, out.shape[2] // patch, out.shape[3] // patch
+        chosen = out.new_zeros(len(out), grid[2] * grid[3]).scatter(1, active, 1.0).view(grid)
+        out = torch.where(F.interpolate(chosen, scale_factor=patch).bool(), out, _kept(ctx, "output"))
+    ctx.memory["output"] = out
+    return out
 
 
-def _keys_values(name: str) -> Tap:
-    """Keys and values of all tokens: those of the active ones are new, the others are the last that were computed."""
-
-    def around(ctx: Context, call: Callable[..., Any], *pair: Tensor) -> Any:
-        new = call(*pair)
-        active = ctx.cond.get(ACTIVE)
-        if active is not None:
-            new = tuple(_replaced(old, active, v) for old, v in zip(_kept(ctx, name), new, strict=True))
-        ctx.memory[name] = new
-        return new
-
-    return around
+def _keys_values(name: str, ctx: Context, call: Callable[..., Any], *pair: Tensor) -> Any:
+    """A tap: keys and values of all tokens; those of the active ones are new, the others are the last that were computed."""
+    new = call(*pair)
+    active = ctx.cond.get(ACTIVE)
+    if active is not None:
+        new = tuple(_replaced(old, active, v) for old, v in zip(_kept(ctx, name), new, strict=True))
+    ctx.memory[name] = new
+    return new
 
 
 def _replaced(old: Tensor, index: Tensor, new: Tensor) -> Tensor:

@@ -61,6 +61,10 @@ class _Tapped:
         call = super().__call__  # type: ignore[misc]
         return call(*args, **kwargs) if around is None else around(call, *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled as of the class it had before."""
+        return object.__new__, (type(self).__bases__[1],), self.__getstate__()
+
 
 @contextmanager
 def tapped(net: nn.Module, ctx: Context) -> Iterator[None]:

@@ -41,8 +41,9 @@ class Registry:
         try:
             inspect.signature(make).bind(**numbers)
         except TypeError as error:
-            allowed = ", ".join(str(p) for p in inspect.signature(make).parameters.values()) or "none"
-            raise InputError(f"{self.kind} {name!r}: {error}; it takes: {allowed}") from None
+            allowed = ", ".join(str(p) for p in inspect.signature(make).parameters.values())
+            takes = f"it takes: {allowed}" if allowed else "it takes no numbers"
+            raise InputError(f"{self.kind} {name!r}: {error}; {takes}") from None
         return make(**numbers)
 
     def make(self, spec: str) -> Any:

@@ -14,12 +14,22 @@ from sfumato.core import KINDS, Coef, Context, Denoiser, InputError, Posterior, 
 ANCHOR = "anchor"
 
 
+class Function(nn.Module):
+    """A plain function ``(x, label, **cond) -> Tensor`` as a network without parameters."""
+
+    forward: Callable[..., Tensor]
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+
+
 class Parametrized(Denoiser):
     """See :func:`parametrized`."""
 
     def __init__(
         self,
-        net: nn.Module,
+        net: nn.Module | Callable[..., Tensor],
         process: Any,
         predicts: str = "eps",
         clock: Callable[[Any], Any] | None = None,
@@ -29,9 +39,10 @@ class Parametrized(Denoiser):
         super().__init__()
         if predicts not in (*KINDS, "edm"):
             raise InputError(f"predicts = {predicts!r}: use one of {', '.join((*KINDS, 'edm'))}")
-        self.net, self.process, self.predicts, self.clock = net, process, predicts, clock
+        self.net = net if isinstance(net, nn.Module) else Function(net)
+        self.process, self.predicts, self.clock = process, predicts, clock
         self.null, self.data_std = dict(null or {}), data_std
-        self.reads, self.draws = _conditions(net), dict(getattr(net, "draws", {}))
+        self.reads, self.draws = _conditions(self.net), dict(getattr(net, "draws", {}))
         self._graph: list[Any] = []  # in a list, so that it is no second owner of the network's parameters
 
     def compiled(self, **options: Any) -> Parametrized:
@@ -52,14 +63,25 @@ class Parametrized(Denoiser):
         if self.predicts == "edm":
             net_in, kind = linear(_edm_input(coef, self.data_std), x), edm_row(coef, self.data_std)
         net = self._graph[0] if self._graph and not ctx.taps else self.net
-        with tapped(self.net, ctx):
-            out = net(
-                linear(1.0, net_in, 1.0, anchor), self._label(t, x), **self._conditions(ctx), **self._drawn(x, ctx)
-            )
+        inputs = {**self._conditions(ctx), **self._drawn(x, ctx)}
+        try:
+            with tapped(self.net, ctx):
+                out = net(linear(1.0, net_in, 1.0, anchor), self._label(t, x), **inputs)
+        except RuntimeError as error:
+            self._same_type(x, error)
+            raise
         if self.predicts == "flow" and anchor is not None:
             out = linear(1.0, out, -1.0, self.process.anchor(t, ctx.cond, derivative=True))
         ctx.run.nfe += len(x) / ctx.batch
         return Posterior(out, kind, x, coef)
+
+    def _same_type(self, x: Tensor, error: RuntimeError) -> None:
+        """InputError where the state and the network are of different types, which is likely why the call failed."""
+        own = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
+        if own != x.dtype:
+            raise InputError(
+                f"the state is {x.dtype} and the network {own}: give x in {own}, or move the denoiser with .to({x.dtype}) ({error})"
+            ) from error
 
     def _label(self, t: Any, x: Tensor) -> Tensor:
         label = t if self.clock is None else self.clock(t)
@@ -117,14 +139,14 @@ def _edm_input(c: Coef, data_std: float) -> Any:
 
 
 def parametrized(
-    net: nn.Module,
+    net: nn.Module | Callable[..., Tensor],
     process: Any,
     predicts: str = "eps",
     clock: Callable[[Any], Any] | None = None,
     null: Mapping[str, Any] | None = None,
     data_std: float = 0.5,
 ) -> Parametrized:
-    """Wrap ``net(x, label, **cond) -> Tensor`` as a Denoiser.
+    """Wrap ``net(x, label, **cond) -> Tensor``, a module or a plain function, as a Denoiser.
 
     predicts  'eps' | 'x0' | 'v' | 'flow' | 'score' | 'edm' (the preconditioned network of Karras et al. 2022: its input
               is scaled to unit variance and its output is read as its row; ``data_std`` is the data's std)

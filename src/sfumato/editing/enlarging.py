@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from sfumato.core import InputError, mix
 from sfumato.editing.base import Method
 from sfumato.editing.front import perform
 from sfumato.pipeline import Pipeline
-from sfumato.training.images import read_image
+from sfumato.training.images import Picture, as_pixels
 
 
 def enlarge(
@@ -23,7 +22,7 @@ def enlarge(
     prompts: int | str | Sequence[str] | None = None,
     *,
     sizes: Sequence[int | tuple[int, int]],
-    image: Tensor | str | Path | None = None,
+    image: Picture | None = None,
     method: str | Method = "diffusehigh",
     cond: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -61,7 +60,7 @@ def enlarge(
 def _first(
     pipeline: Pipeline,
     prompts: int | str | Sequence[str] | None,
-    image: Tensor | str | Path | None,
+    image: Picture | None,
     cond: Mapping[str, Any] | None,
     seed: int,
     base: Mapping[str, Any] | None,
@@ -73,10 +72,7 @@ def _first(
         return pipeline.generate(prompts, cond=cond, seed=seed, **(base or {}))
     if base:
         raise InputError(f"a given image is not generated: leave out base={sorted(base)}")
-    pixels = read_image(image, pipeline.size, fit="pad") if isinstance(image, (str, Path)) else image
-    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
-        raise InputError("image: a file, or a uint8 tensor (3, H, W) or (B, 3, H, W)")
-    return pixels[None] if pixels.ndim == 3 else pixels
+    return as_pixels(image, pipeline.size)
 
 
 __all__ = ["enlarge"]

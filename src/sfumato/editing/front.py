@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from sfumato.editing.base import Method, Task, registry
 from sfumato.editing.directions.learning import opened
 from sfumato.guidance import cfg
 from sfumato.pipeline import Pipeline, load
-from sfumato.training.images import read_image
+from sfumato.training.images import Picture, as_pixels
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Edited:
 @torch.no_grad()
 def perform(
     pipeline: Pipeline,
-    image: Tensor | str | Path,
+    image: Picture,
     prompt: str | Sequence[str] | None = None,
     *,
     method: str | Method = "edit-friendly",
     source: str | Sequence[str] | None = None,
     cond: Mapping[str, Any] | None = None,
     source_cond: Mapping[str, Any] | None = None,
-    mask: Tensor | str | Path | None = None,
+    mask: Picture | None = None,
     points: Sequence[Sequence[float]] = (),
-    reference: Tensor | str | Path | None = None,
+    reference: Picture | None = None,
     direction: Any = None,
     steps: int | None = None,
     solver: str | Solver | None = None,
@@ -51,7 +51,7 @@ def perform(
     **numbers: Any,
 ) -> Edited:
     """:func:`edit`, with the state and the number of calls beside the images."""
-    images = _images(image, "image", pipeline.size)
+    images = as_pixels(image, pipeline.size)
     n = len(images)
     method, name = _method(method, numbers)
     given = {
@@ -69,7 +69,7 @@ def perform(
     around = guidances.get(around, load=lambda name: load(name).denoiser) if isinstance(around, str) else around
     scale = float(around) if isinstance(around, (int, float)) else None
     device = next((p.device for p in pipeline.denoiser.parameters()), torch.device("cpu"))
-    other = None if reference is None else _images(reference, "reference", (images.shape[-2], images.shape[-1]))
+    other = None if reference is None else as_pixels(reference, (images.shape[-2], images.shape[-1]), what="reference")
     if other is not None and other.shape[-3:] != images.shape[-3:]:
         raise InputError(f"image {tuple(images.shape[-2:])} and reference {tuple(other.shape[-2:])} differ in size")
     task = Task(
@@ -95,17 +95,17 @@ def perform(
     return Edited(pipeline.codec.images(x), x, task.nfe[0])
 
 
-def edit(
-    pipeline: Pipeline, image: Tensor | str | Path, prompt: str | Sequence[str] | None = None, **options: Any
-) -> Tensor:
+def edit(pipeline: Pipeline, image: Picture, prompt: str | Sequence[str] | None = None, **options: Any) -> Tensor:
     """Edit images with a frozen model: uint8 (B, 3, H, W) of the size that went in.
 
-    image        a file (brought to the model's size on white), or uint8 (3, H, W) or (B, 3, H, W)
+    image        a file or a Pillow image (brought to the model's size on white), a uint8 tensor (3, H, W) or (B, 3, H, W), or a
+                 uint8 array (H, W, 3)
     prompt       what the result shows, one or one an image; ``cond`` holds other raw conditions ({"vendor": "noto"})
     method       a slug (``sf.editing.names()`` lists them), a spec "edict(strength=0.8)", or an object; its numbers may be
                  given as keywords: ``edit(..., method="edict", strength=0.8)``
     source       what the images show; ``source_cond``: its other conditions (default: those of ``cond``)
-    mask         where they may change: a file (white inside) or a tensor (H, W), (1, H, W) or (B, 1, H, W) in [0, 1]
+    mask         where they may change: a file or Pillow image (white inside), or a tensor or array (H, W), (1, H, W) or
+                 (B, 1, H, W) in [0, 1]
     points       [(from x, from y, to x, to y), ...] in pixels, for methods that move or drag
     reference    a second image, for methods that mix or paste
     direction    what `sfumato directions` or ``sf.editing.directions.learn`` learned: its file, or the object
@@ -132,14 +132,6 @@ def _method(method: str | Method, numbers: Mapping[str, Any]) -> tuple[Method, s
     return (registry.make(method) if "(" in method else registry.get(name, **numbers)), name
 
 
-def _images(image: Tensor | str | Path, what: str, size: tuple[int, int]) -> Tensor:
-    pixels = read_image(image, size, fit="pad") if isinstance(image, (str, Path)) else image
-    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
-        got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise InputError(f"{what}: a file, or a uint8 tensor (3, H, W) or (B, 3, H, W), not {got}")
-    return pixels[None] if pixels.ndim == 3 else pixels
-
-
 def _texts(given: str | Sequence[str] | None, n: int, what: str) -> list[str] | None:
     texts = [given] * n if isinstance(given, str) else None if given is None else list(given)
     if texts is not None and len(texts) != n:
@@ -147,10 +139,12 @@ def _texts(given: str | Sequence[str] | None, n: int, what: str) -> list[str] | 
     return texts
 
 
-def _mask(mask: Tensor | str | Path, images: Tensor) -> Tensor:
-    if isinstance(mask, (str, Path)):
-        height, width = images.shape[-2:]
-        mask = read_image(mask, (height, width), fit="pad", background=(0, 0, 0)).float().mean(0) / 255
+def _mask(mask: Picture, images: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+    if isinstance(mask, np.ndarray):
+        mask = torch.from_numpy(mask.copy())
+    elif not isinstance(mask, Tensor):
+        mask = as_pixels(mask, (height, width), background=(0, 0, 0), what="mask").float().mean(1, keepdim=True) / 255
     if not mask.dtype.is_floating_point:
         mask = mask.float() if mask.dtype == torch.bool or mask.max() <= 1 else mask.float() / 255
     mask = mask.reshape(1, 1, *mask.shape[-2:]) if mask.ndim == 2 or (mask.ndim == 3 and len(mask) == 1) else mask

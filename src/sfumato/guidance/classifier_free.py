@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ class ClassifierFree(Wrapper):
     ) -> None:
         super().__init__(inner)
         check_interval(interval)
+        if not math.isfinite(scale):
+            raise InputError(f"scale = {scale}: a finite number")
         if not 0 <= rescale <= 1:
             raise InputError(f"rescale = {rescale}: between 0 (off) and 1")
         self.scale, self.interval, self.rescale, self.batched = scale, interval, rescale, batched

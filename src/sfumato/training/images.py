@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,11 @@ from torch import Tensor
 
 from sfumato.core import InputError
 
+if TYPE_CHECKING:
+    from PIL import Image as pillow
+
+Picture: TypeAlias = "Tensor | np.ndarray[Any, Any] | pillow.Image | str | Path"
+"""What a picture may be given as: see :func:`as_pixels`."""
 log = logging.getLogger("sfumato")
 
 # Formats that run other programs or that are documents and not pictures.
@@ -43,6 +48,8 @@ def read_image(
     height, width = (size, size) if isinstance(size, int) else size
     if fit not in FITS:
         raise InputError(f"fit = {fit!r}: use one of {', '.join(FITS)}")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder: give a picture")
     if os.path.getsize(path) > max_bytes:
         raise InputError(
             f"{path} has {os.path.getsize(path)} bytes, allowed are {max_bytes}: raise max_bytes if you trust it"
@@ -61,12 +68,51 @@ def read_image(
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged or cut short: {error}") from error
+    return _resized(flat, (width, height), fit, tuple(background))
+
+
+def as_pixels(
+    image: Picture,
+    size: int | tuple[int, int],
+    *,
+    background: Sequence[int] = (255, 255, 255),
+    fit: str = "pad",
+    what: str = "image",
+) -> Tensor:
+    """uint8 (B, 3, H, W) from whatever a picture comes as.
+
+    A file and a Pillow image are brought to ``size`` as :func:`read_image` does. A uint8 tensor (3, H, W) or (B, 3, H, W) and a
+    uint8 array (H, W, 3) or (B, H, W, 3) keep their size. Raises InputError for anything else.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(image, (str, Path)):
+        return read_image(image, size, background=background, fit=fit)[None]
+    if isinstance(image, Image.Image):
+        height, width = (size, size) if isinstance(size, int) else size
+        flat = _flatten(ImageOps.exif_transpose(image), tuple(background), what)
+        return _resized(flat, (width, height), fit, tuple(background))[None]
+    pixels: Any = image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (3, 4) and image.shape[-1] == 3:
+        pixels = torch.from_numpy(image.copy()).movedim(-1, -3)
+    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
+        got = f"{pixels.dtype} {tuple(pixels.shape)}" if hasattr(pixels, "shape") else type(pixels).__name__
+        raise InputError(
+            f"{what}: a file, a Pillow image, a uint8 tensor (3, H, W) or (B, 3, H, W), or a uint8 array (H, W, 3), not {got}"
+        )
+    return pixels[None] if pixels.ndim == 3 else pixels
+
+
+def _resized(flat: Any, size: tuple[int, int], fit: str, background: tuple[int, ...]) -> Tensor:
+    """An RGB picture at (width, height) as uint8 (3, height, width)."""
+    from PIL import Image, ImageOps
+
     if fit == "crop":
-        flat = ImageOps.fit(flat, (width, height), Image.Resampling.LANCZOS)
+        flat = ImageOps.fit(flat, size, Image.Resampling.LANCZOS)
     elif fit == "pad":
-        flat = ImageOps.pad(flat, (width, height), Image.Resampling.LANCZOS, color=tuple(background))
+        flat = ImageOps.pad(flat, size, Image.Resampling.LANCZOS, color=background)
     else:
-        flat = flat.resize((width, height), Image.Resampling.LANCZOS)
+        flat = flat.resize(size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(flat, dtype=np.uint8).transpose(2, 0, 1).copy())
 
 
