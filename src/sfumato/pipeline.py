@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CALIBRATION = 1  # a number for the way calibration sets are made: another one makes them again
+OWN = "save networks of sfumato.networks, or keep the weights of your own yourself"
 ELSEWHERE = ("emoji-latent-", "emoji-study", "medical")  # of the zoo, what a wheel leaves to the package sfumato-zoo
 
 
@@ -54,12 +56,19 @@ class Pipeline:
         """The noising law."""
         return self.denoiser.process
 
+    def to(self, *place: Any) -> Pipeline:
+        """Network and codec moved to a device or a floating dtype, in place as ``nn.Module.to`` does; the pipeline itself."""
+        self.denoiser.to(*place), self.codec.to(*place)
+        return self
+
     def guided(self, guidance: float | str | Guidance | None = None) -> Any:
         """The denoiser under this guidance (default: the pipeline's own)."""
         chosen = self.guidance if guidance is None else guidance
         if isinstance(chosen, str):
             chosen = guidances.get(chosen, load=lambda name: load(name).denoiser)
         if isinstance(chosen, (int, float)):
+            if not math.isfinite(chosen):
+                raise InputError(f"guidance = {chosen}: a finite scale, or a spec such as 'apg(scale=4)'")
             return cfg(float(chosen))(self.denoiser) if chosen != 1 else self.denoiser
         guided = chosen(self.denoiser)
         codec = getattr(self.codec, "codec_name", type(self.codec).__name__)
@@ -75,9 +84,8 @@ class Pipeline:
         It is put inside guidance. ``sfumato.acceleration.names()`` lists the registered ones.
         """
         if not (isinstance(by, str) or callable(by)):
-            raise InputError(
-                f"an acceleration is a spec such as 'deepcache(interval=3)' or Denoiser -> Denoiser, not {by!r}"
-            )
+            kinds = "a spec such as 'deepcache(interval=3)' or Denoiser -> Denoiser"
+            raise InputError(f"an acceleration is {kinds}, not {by!r}")
         wrap = acceleration.get(by, self.calibration) if isinstance(by, str) else by
         made: Any = wrap(self.denoiser)
         return dataclasses.replace(self, denoiser=made)
@@ -143,11 +151,13 @@ class Pipeline:
         if card is not None:
             steps, solver, grid = card.steps, card.solver(), card.grid()
             guidance = card.guidance if guidance is None else guidance
+        if not isinstance(prompts, (int, str, Sequence)):
+            raise InputError(f"prompts = {prompts!r}: a text, several texts, or the number of images")
         texts = None if isinstance(prompts, int) else [prompts] if isinstance(prompts, str) else list(prompts)
         n = prompts if isinstance(prompts, int) else len(texts or ())
         if n < 1:
             raise InputError(f"{n} images: at least one")
-        total, size = steps or self.steps, size or self.size
+        total, size = self.steps if steps is None else steps, size or self.size
         conditions = self.conditions(n, texts, **(cond or {})) | self._beside(
             n, negative, also, regions, size, cond or {}
         )
@@ -157,13 +167,14 @@ class Pipeline:
         method = solvers.registry.make(chosen) if isinstance(chosen, str) else chosen
         times = (method.grid or self.grid) if grid is None else grid
         times = grids.registry.make(times) if isinstance(times, str) else times
-        device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
+        weights = self._weights()
         streams, shape, out = Streams.of(seed, n), self.codec.shape(*size), []
         begin = None if card is None else card.begin()
         for low in range(0, n, batch):
             rows = slice(low, min(low + batch, n))
-            part = {k: v[rows] for k, v in conditions.items()}
-            ctx = Context(cond=part, rng=streams.select(rows), batch=rows.stop - low, device=device)
+            part = {k: v[rows].to(weights if v.is_floating_point() else weights.device) for k, v in conditions.items()}
+            place: dict[str, Any] = {"device": weights.device, "dtype": weights.dtype}
+            ctx = Context(cond=part, rng=streams.select(rows), batch=rows.stop - low, **place)
             begun: dict[str, Any] = {"shape": (rows.stop - low, *shape)}
             if begin is not None and card is not None:
                 begun = {"x": begin(self.process, begun["shape"], ctx), "start": card.start}
@@ -174,15 +185,16 @@ class Pipeline:
             out.append(self.codec.images(x))
         return torch.cat(out)
 
+    def _weights(self) -> Tensor:
+        """Like a state: where the network is and as precise, but float32 at least for one that casts what it reads."""
+        found = next((p for p in self.denoiser.parameters() if p.is_floating_point()), torch.empty(0))
+        casts = any(getattr(m, "casts", False) for m in self.denoiser.modules())
+        return found.new_empty(0, dtype=torch.promote_types(found.dtype, torch.float32) if casts else found.dtype)
+
     def _beside(
-        self,
-        n: int,
-        negative: str | Sequence[str],
-        also: str | Sequence[str],
-        regions: Sequence[Any],
-        size: tuple[int, int],
-        cond: Mapping[str, Any],
-    ) -> dict[str, Any]:
+        self, n: int, negative: str | Sequence[str], also: str | Sequence[str], regions: Sequence[Any],
+        size: tuple[int, int], cond: Mapping[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
         """What stands beside the conditions of the pictures; further prompts and regions keep the others of their picture."""
         away, joined = ([given] if isinstance(given, str) else given for given in (negative, also))
         found = guidances.negative(*(self.conditions(n, [text] * n) for text in away if text))
@@ -236,7 +248,7 @@ class Pipeline:
         sampler = solvers.registry.make(solver) if isinstance(solver, str) else solver
         times = grids.registry.make(self.grid) if isinstance(self.grid, str) else self.grid
         conditions = self.conditions(len(images), prompts, **(cond or {}))
-        x = self.codec.encode(images)
+        x = self.codec.encode(images).to(self._weights())
         for st in trajectory(self.denoiser, sampler, times, steps, x=x, start=0.0, stop=1.0, cond=conditions):
             last = st
         return last.restart()
@@ -270,22 +282,20 @@ class Pipeline:
     def description(self) -> dict[str, Any]:
         """All but the weights, JSON-able."""
         if not isinstance(self.denoiser, Parametrized):
-            raise InputError(
-                f"a {type(self.denoiser).__name__} around the network is not kept: save the pipeline without it"
-            )
+            around = type(self.denoiser).__name__
+            raise InputError(f"a {around} around the network is not kept: save the pipeline without it")
         net: Any = self.denoiser.net
+        if not hasattr(net, "network_name"):
+            raise InputError(f"a {type(net).__name__} cannot be made again from a name: {OWN}")
         with torch.device("meta"):
             named = networks.build(net.network_name, net.config)
         if {k: v.shape for k, v in named.state_dict().items()} != {k: v.shape for k, v in net.state_dict().items()}:
-            raise InputError(
-                f"the network is no longer the {net.network_name} of its configuration (quantised or pruned), and is not kept: save "
-                "the pipeline without that"
-            )
+            what = f"the network is no longer the {net.network_name} of its configuration (quantised or pruned)"
+            raise InputError(f"{what}, and is not kept: save the pipeline without that")
         for name in ("solver", "grid", "guidance"):
-            if not isinstance(getattr(self, name), (str, int, float)):
-                raise InputError(
-                    f"to save a pipeline give its {name} as a spec, not as a {type(getattr(self, name)).__name__}"
-                )
+            given = getattr(self, name)
+            if not isinstance(given, (str, int, float)):
+                raise InputError(f"to save a pipeline give its {name} as a spec, not as a {type(given).__name__}")
         return {
             "format": FORMAT,
             "network": {"name": net.network_name, "config": net.config},
@@ -357,9 +367,10 @@ def find(name_or_path: str | Path) -> Path:
     models = bundled_models("pipeline.json")
     if str(name_or_path) in models:
         return models[str(name_or_path)]
-    hint = (
-        "; it comes with the package sfumato-zoo, beside the wheel" if str(name_or_path).startswith(ELSEWHERE) else ""
-    )
+    beside = "; it comes with the package sfumato-zoo, beside the wheel"
+    hint = beside if str(name_or_path).startswith(ELSEWHERE) else ""
+    if (Path(name_or_path) / "model_index.json").is_file():
+        hint = ": it is a pipeline of diffusers, which sf.from_diffusers reads"
     raise FileNotFoundError(
         f"no model {str(name_or_path)!r}{hint}: give a saved folder or one of {', '.join(models) or 'none'}"
     )
@@ -386,6 +397,3 @@ def _fill(modules: Mapping[str, torch.nn.Module], path: Path) -> None:
             module.load_state_dict(state)
         except RuntimeError as error:
             raise InputError(f"{path} does not fit the {name} that pipeline.json describes: {error}") from error
-
-
-__all__ = ["Pipeline", "bundled", "find", "load"]

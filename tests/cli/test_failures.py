@@ -81,6 +81,8 @@ WRITING = (
     ["evaluate", "styled", "--reference", "digits:test", "--out", "kept/out.md"],
     ["reproduce", "dpm-solver-pp", "--out", "kept"],
     ["zoo", "make", "digits", "--out", "kept"],
+    ["export", "styled", "--to", "safetensors", "--out", "kept/model"],
+    ["data", "digits", "--out", "kept/digits"],
     ["demo", "-m", "styled", "--out", "kept"],
 )
 

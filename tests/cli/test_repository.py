@@ -52,6 +52,16 @@ def test_what_ci_installs_is_pinned():
     assert all(re.fullmatch(r"[\w.]+", version) for version in PINS.values()), "no paths, no local builds"
 
 
+def test_the_architecture_names_the_layers_that_are_enforced():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    listed = re.search(r"keeps it so\.\n\n(.*?)\n\n", page, re.DOTALL)[1]
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
+    layers = [[name.strip(" ()") for name in layer.split("|")] for layer in reversed(tool["contracts"][0]["layers"])]
+    there = {path.stem for path in (ROOT / "src" / "sfumato").iterdir()} - {"__main__"}
+    enforced = [[name for name in layer if name in there] for layer in layers]
+    assert [re.findall(r"`(\w+)`", layer) for layer in listed.split(" -")] == [layer for layer in enforced if layer]
+
+
 def test_ci_runs_the_command_of_the_developer():
     assert (ROOT / ".ci" / "run").read_text("utf-8").rstrip().endswith("exec make test")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sweep import PROCESSES, mixture, start, three_processes
+from sweep import PROCESSES, lam_times, mixture, start, three_processes
 from torch import Tensor
 
 from sfumato import grids, oracles
@@ -148,8 +148,40 @@ def test_pseudo_derivatives_of_two_beliefs_are_exact_and_of_three_have_order_2(l
         both = (ends(DPMSolverV3(None, order, pseudo=pseudo), 9) for pseudo in (False, True))
         assert torch.allclose(*both, rtol=1e-9, atol=1e-10) is equal
     fine = ends(Multistep(4), 800)
-    errors = [(ends(DPMSolverV3(None, 3, pseudo=True), n) - fine).norm(dim=1) for n in (96, 192)]
-    assert abs(float(torch.log2(errors[0] / errors[1]).median()) - 2) < 0.2
+    for pseudo, order in (
+        (True, 2),
+        (False, 3),
+    ):  # the first interval split: a start of order 1 would hide the difference
+        errors = []
+        for n in (48, 96):
+            times = lam_times(process, n, 1.5, -1.5, lead=9)
+            y = sample(denoiser, DPMSolverV3(None, 3, pseudo=pseudo), grids.fixed(times), len(times) - 1, x=x,
+                       start=float(times[0]), stop=float(times[-1]))  # fmt: skip
+            errors.append((y / process.coef(float(times[-1])).alpha - fine).norm(dim=1))
+        assert abs(float(torch.log2(errors[0] / errors[1]).median()) - order) < 0.3
+
+
+@three_processes
+def test_what_pseudo_derivatives_lose_in_a_step_is_h_u_times_the_second_divided_difference(law: str) -> None:
+    """The third step is the first that differs: by -int kernel h u g[0, 1, 2] du, so halving h leaves an eighth."""
+    process = PROCESSES[law]
+    t, gaps = process.time(-0.7), []
+    denoiser, x = mixture().denoiser(process), start(mixture(), process, 64, t)
+    for h in (0.02, 0.01):
+        times = [process.time(-0.7 + h * i) for i in range(4)]
+        options = {"x": x, "start": times[0], "stop": times[-1]}
+        ends = [
+            sample(denoiser, DPMSolverV3(None, 3, pseudo=p), grids.fixed(times), 3, **options) for p in (False, True)
+        ]
+        run = trajectory(denoiser, DPMSolverV3(None, 3), grids.fixed(times), 3, **options)
+        g = [f for _, f in list(run)[-1].carry[0]]  # plain statistics: g is f, newest first
+        second = (g[0] - 2 * g[1] + g[2]) / (2 * h * h)
+        u = torch.linspace(0, h, 2001, dtype=torch.float64)
+        moment = float(torch.trapezoid((u - h).exp() * h * u, u))  # L_u - L_h = u - h
+        exact, pseudo = (e / process.coef(times[-1]).alpha for e in ends)
+        assert torch.allclose(pseudo - exact, moment * second, rtol=1e-3, atol=1e-12)
+        gaps.append((pseudo - exact).norm(dim=1))
+    assert abs(float(torch.log2(gaps[0] / gaps[1]).median()) - 3) < 0.1
 
 
 @three_processes

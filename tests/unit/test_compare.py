@@ -37,6 +37,18 @@ def test_errors_fall_with_calls_and_the_front_holds_what_nothing_beats() -> None
             assert all(r["error"]["value"] > row["error"]["value"] or r[cost] == row[cost] for r in rivals)
 
 
+def test_calls_are_those_of_the_sampler_in_compare_as_in_tune_and_rows_are_what_guidance_makes_of_them() -> None:
+    """Under guidance a call is one call of nfe, two rows of the network: in every table."""
+    digits = sf.load("digits")
+    settings = {"fine": 12, "guidance": 2.0}
+    card = sf.tune(digits, nfe=4, method="untuned", items=4, unseen=4, budget=2, rehearsals=20, **settings)
+    for scale, rows in ((2.0, 8), (1.0, 4)):
+        samplers = [card] if scale == 2.0 else []
+        table = compare(digits, solvers=["ddim"], nfe=[4], samplers=samplers, n=8, fine=12, guidance=scale)
+        assert [(r["calls"], r["rows"]) for r in table] == [(4, rows)] * (1 + len(samplers))
+    assert card.nfe == 4 and all(row["nfe"] <= 4 for row in card.rows)
+
+
 def test_what_a_solver_refuses_is_a_row_and_equal_arguments_give_equal_figures() -> None:
     options = {"solvers": ["pndm"], "grids": ["karras", None], "nfe": [8], "n": 8, "shape": (2,), "fine": 32, "seed": 3}
     table = compare(denoiser(), **options)

@@ -459,3 +459,21 @@ def test_a_model_folder_with_a_scheduler(tmp_path):
     ours = sf.from_diffusers(tmp_path, scheduler=diffusers.DDIMScheduler(clip_sample=False))
     again = sf.from_diffusers(net, scheduler=diffusers.DDIMScheduler(clip_sample=False))
     assert torch.equal(ours.generate(2, steps=3), again.generate(2, steps=3))
+
+
+@pytest.mark.parametrize(("dtype", "state"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
+def test_a_moved_pipeline_runs_its_model_there_and_keeps_the_state_precise(dtype, state):
+    ours = sf.from_diffusers(tiny.pipeline("sd"))
+    before = ours.generate(["a red heart"], steps=4).int()
+    seen = set()
+
+    class Watched(sf.core.Wrapper):
+        def forward(self, x, t, ctx):
+            seen.add(x.dtype)
+            return self.inner(x, t, ctx)
+
+    after = ours.to(dtype).generate(
+        ["a red heart"], steps=4, guidance=lambda denoiser: Watched(cfg(ours.guidance)(denoiser))
+    )
+    assert seen == {state} and {p.dtype for p in ours.denoiser.parameters()} == {dtype}
+    assert (after.int() - before).abs().max() <= (1 if dtype == torch.float64 else 24)

@@ -152,6 +152,12 @@ def test_models_of_the_package_beside_are_found_by_name(tmp_path, monkeypatch):
     assert sf.load("study/one").card == {"made by": "a test"}
 
 
+def test_a_folder_of_diffusers_is_recognised(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="sf.from_diffusers"):
+        sf.load(tmp_path)
+
+
 def test_a_model_that_the_wheel_leaves_out_says_where_it_is(monkeypatch):
     monkeypatch.setattr(pipeline, "bundled_models", lambda description: {})
     with pytest.raises(FileNotFoundError, match="sfumato-zoo"):
@@ -222,3 +228,42 @@ def test_a_network_that_its_configuration_no_longer_describes_is_not_saved(tmp_p
     with pytest.raises(InputError, match="no longer"):
         pipe.save(tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1), (torch.float16, 4), (torch.bfloat16, 24)], ids=str)
+def test_a_moved_pipeline_draws_edits_and_inverts_in_its_own_precision(dtype, bound):
+    torch.manual_seed(1)
+    codec = codecs.KL(networks.AutoencoderKL(latent=2, factor=4, width=8)).fit_scale(torch.randn(8, 3, 16, 16)).eval()
+    for made in (tiny, lambda: tiny(codec=codec)):
+        ours = made()
+        options = {"seed": 3, "negative": "", "cond": {"vendor": ["noto", "twemoji"]}}
+        before = ours.generate(2, **options).int()
+        moved = ours.to(dtype)
+        assert moved is ours and {p.dtype for p in ours.denoiser.parameters()} == {dtype}
+        after = moved.generate(2, **options)
+        assert (after.int() - before).abs().max() <= bound
+        assert moved.invert(after, steps=2).x.dtype == dtype
+        ours.to(torch.float32)
+
+
+def test_what_cannot_be_drawn_is_refused_and_not_replaced_by_a_default():
+    for wrong, says in (
+        ({"steps": 0}, "steps = 0"),
+        ({"guidance": float("nan")}, "a finite scale"),
+        ({"guidance": float("inf")}, "a finite scale"),
+    ):
+        with pytest.raises(InputError, match=says):
+            tiny().generate(1, **wrong)
+    with pytest.raises(InputError, match="prompts = None: a text"):
+        tiny().generate(None)
+
+
+def test_a_network_of_ones_own_is_drawn_with_and_says_why_it_is_not_kept(tmp_path):
+    class Net(torch.nn.Conv2d):
+        def forward(self, x, label):
+            return super().forward(x)
+
+    ours = pipeline.Pipeline(parametrized(Net(3, 3, 1), processes.Flow(), "flow"), codecs.Identity(), size=(8, 8))
+    assert ours.generate(1, steps=2).shape == (1, 3, 8, 8)
+    with pytest.raises(InputError, match="a Net cannot be made again from a name"):
+        ours.save(tmp_path)

@@ -300,3 +300,33 @@ def test_the_second_stage_stays_within_its_block_evaluations():
     assert found.best.skips == (("c",),) * 3
     with pytest.raises(InputError, match="fewer than all"):
         steps.joint(fitness, 20, 3, ("a", "b", "c"), 9)
+    with pytest.raises(InputError, match="tried alone"):
+        steps.joint(fitness, 20, 3, ("a", "b", "c"), 6, budget=10)
+
+
+def test_omissions_that_are_cheap_alone_and_dear_together_are_traded():
+    """Made up: leaving out 'a' and 'b' at one step breaks it, so the cheapest omissions alone are not the best plan."""
+    price = {"a": 1.0, "b": 1.1, "c": 1.5, "d": 9.0}
+
+    def fitness(choice):
+        broken = sum(50.0 for names in choice.skips if {"a", "b"} <= set(names))
+        return broken + sum(price[name] for names in choice.skips for name in names)
+
+    found = steps.joint(fitness, 8, 2, tuple("abcd"), 4, budget=120, seed=0)
+    assert found.tried[0][0].skips == (("a", "b"),) * 2 and found.progress[0] > 100
+    assert found.best.skips == (("a", "c"),) * 2
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.integers(1, 5))
+def test_a_trade_keeps_times_and_block_evaluations(seed, count, out):
+    draw, blocks = random.Random(seed), ("a", "b", "c")
+    space = steps.StepSpace(30, count, blocks, 3)
+    places = [(i, name) for i in range(count) for name in blocks]
+    draw.shuffle(places)
+    one = steps.Choice(space.even().indices, space.lists(places[:out]))
+    other = space.trade(one, places, draw)
+    assert other.indices == one.indices and other.evaluations(3) == one.evaluations(3) == 3 * count - out
+    changed = {(i, n) for i, names in enumerate(one.skips) for n in names} ^ {
+        (i, n) for i, names in enumerate(other.skips) for n in names
+    }
+    assert len(changed) == 2

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato.core.errors import InputError, MissingExtra, SfumatoError, UnknownName
-from sfumato.zoo import build_emoji, digits, emoji, openmoji, photographs, sets
+from sfumato.zoo import build_emoji, digits, emoji, openmoji, packages, photographs, sets
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
@@ -459,3 +459,13 @@ def test_atomic_writing_replaces_whole_files_and_cleans_up(tmp_path, monkeypatch
         files.write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_packaging_tool_that_fails_is_quoted_by_its_errors_not_by_its_chatter(tmp_path):
+    import sys
+
+    said = "print('W: unsandboxed ' * 50, file=sys.stderr); print('E: no such host', file=sys.stderr); sys.exit(100)"
+    with pytest.raises(
+        SfumatoError, match="status 100; it needs a package index that can be reached: E: no such host$"
+    ):
+        packages.run([sys.executable, "-c", f"import sys; {said}"], tmp_path, "python")

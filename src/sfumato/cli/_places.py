@@ -23,16 +23,16 @@ def folder(path: Path) -> Path:
 
     if path.is_file():
         raise InputError(f"{path} is a file: give a folder to write to")
-    return _reachable(path / "any").parent
+    return _reachable(path)
 
 
 def _reachable(path: Path) -> Path:
-    """The path, if the nearest folder above it that exists can be written to: tried with a file that has no name."""
+    """The path, if the nearest folder that exists can be written to, itself or above it: tried with a file without a name."""
     import tempfile
 
     from sfumato.core.errors import InputError
 
-    above = next(there for there in path.parents if there.exists())
+    above = path if path.is_dir() else next(there for there in path.parents if there.exists())
     if not above.is_dir():
         raise InputError(f"{path} cannot be written: {above} is a file, not a folder")
     try:

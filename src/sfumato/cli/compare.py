@@ -23,7 +23,7 @@ Calls = Annotated[
     list[int] | None,
     typer.Option(
         "--nfe",
-        help="Calls of the model; guidance makes each two in the table. May be repeated. Default: 5 8 10 15 20.",
+        help="Calls of the model an image, guided or not. May be repeated. Default: 5 8 10 15 20.",
     ),
 ]
 Samplers = Annotated[
@@ -169,7 +169,7 @@ def _shown(table: Any, out: Path | None) -> Any:
     from rich.table import Table
 
     judged = next((row["quality"]["name"] for row in table if "quality" in row), None)
-    head = ["calls", "solver", "grid", "median error", "95 %", "distance", "ms an image", "front"]
+    head = ["calls", "rows", "solver", "grid", "median error", "95 %", "distance", "ms an image", "front"]
     made = Table(*head, *([judged] if judged else []), box=box.SIMPLE_HEAD, pad_edge=False)
     notes = []
     for row in table:
@@ -183,6 +183,10 @@ def _shown(table: Any, out: Path | None) -> Any:
         )
         rest = f"{row['distance']:.4f}", f"{1000 * row['seconds']:.0f}", row["front"]
         worth = (f"{row['quality']['value']:.4f}",) if judged else ()
-        made.add_row(f"{row['calls']:g}", row["solver"], row["grid"], *figures, *rest, *worth)
-    parts: list[Any] = [made, f"{table.title}; front: nothing else is at least as good and as cheap.", *notes]
+        made.add_row(f"{row['calls']:g}", f"{row['rows']:g}", row["solver"], row["grid"], *figures, *rest, *worth)
+    parts: list[Any] = [
+        made,
+        f"{table.title}; rows: what the network evaluates for the calls (guidance: two each); front: nothing else is at least as good and as cheap.",
+        *notes,
+    ]
     return Group(*parts, f"Picture: {out}" if out else "--out NAME.png draws it.")

@@ -232,7 +232,7 @@ def composed(rows: Sequence[Row], title: str) -> Image:
 
 
 def _caption(draw: Any, text: str, left: int, top: int, font: Any) -> None:
-    while draw.textlength(text, font) > TILE + MARGIN - 2:
+    while draw.textlength(text, font) > TILE:
         text = text[:-2].rstrip() + "…"
     draw.text((left, top), text, FAINT, font)
 

@@ -22,8 +22,10 @@ def export(
     ] = None,
 ) -> Answer:
     """Write a model for other programs, e.g. `sfumato export digits --to onnx --out digits-onnx`."""
+    from sfumato.cli._places import folder
     from sfumato.interop import export as write
 
+    folder(out)
     record = {"model": model, **write(None if model is None or to == "comfyui" else _model(model), to, out)}
     return Answer(record, _shown(record))
 

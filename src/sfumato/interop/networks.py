@@ -22,6 +22,7 @@ class Network(nn.Module):
     """
 
     factor: ClassVar[int] = 1  # the sides of a state must be multiples of it
+    casts: ClassVar[bool] = True  # to its own dtype: states need not be as coarse as a half-precision model
     image_prompts: tuple[str, ...] = ()  # the conditions of IP-Adapters
 
     def __init__(self, model: nn.Module, channels: int, accepts: Sequence[str]) -> None:

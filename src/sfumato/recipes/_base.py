@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato.core import mix
 from sfumato.core.errors import InputError, UnknownName
 from sfumato.recipes._rules import holds
 
@@ -165,9 +166,16 @@ class Recipe:
     measure: Callable[[int], Findings]
 
     def run(self, seed: int = 0, out: str | Path | None = None) -> Evidence:
-        """Run method and baseline with this seed; ``out`` is a folder to keep the evidence in."""
+        """Run method and baseline with this seed; ``out`` is a folder to keep the evidence in.
+
+        Networks that a recipe makes begin with weights of this seed: torch's own generator is seeded for the run only.
+        """
+        import torch
+
         began = time.perf_counter()
-        found = self.measure(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(seed, len(self.slug)) % 2**32)
+            found = self.measure(seed)
         evidence = Evidence(
             self.slug,
             self.claim,

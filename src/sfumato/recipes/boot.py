@@ -116,6 +116,7 @@ def picture(drawn: dict[str, Tensor], errors: dict[int, dict[str, float]], rows:
     citation=CITATION,
 )
 def boot(seed: int) -> Findings:
+    """A student taught on noise alone, with and without its boundary term, beside the teacher in 4 steps."""
     found = {d: coupled(d, mix(seed, d)) for d in (2, 8)}
     bed = Bed(seed)
     teacher = bed.teacher(VP(), "v")

@@ -58,6 +58,7 @@ def picture(given: Tensor, made: dict[str, Tensor], captions: list[str]) -> Any:
     citation=CITATION,
 )
 def cow(seed: int) -> Findings:
+    """Cycles around the kept part beside a single descent and RePaint's cycles of as many calls."""
     pipeline, judge = load("emoji-latent"), Judge()
     unseen = emoji.load(64, split="unseen", skin_tones=False)
     faces = [

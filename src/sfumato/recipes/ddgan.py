@@ -110,6 +110,7 @@ def picture(drawn: dict[str, Tensor], found: dict[str, tuple[int, float, float]]
     citation=CITATION,
 )
 def ddgan(seed: int) -> Findings:
+    """Four steps of conditional GANs beside Gaussian steps, one step, and no latent."""
     x = law().sample(20000, seed=mix(seed, 5) % 2**32).float()
     models = {name: (adversarial(x, steps, latent, seed), steps) for name, (steps, latent) in ARMS.items()}
     plain = generator(0, mix(seed, 1) % 2**32)

@@ -79,6 +79,7 @@ def picture(b: Bench, similar: Tensor, rows: dict[str, Tensor], curves: dict[str
     citation=CITATION,
 )
 def deepcache(seed: int) -> Findings:
+    """Deep features kept over N steps, beside fewer full steps of the same work."""
     b, judge = bench("emoji-pixel", N, seed), Judge()
     plain = b.pipeline.denoiser
     full, whole = b.draw(steps=STEPS), work(b, plain, STEPS)

@@ -122,6 +122,7 @@ def plane(ax: Any, seed: int, n: int = 24) -> None:
     citation=CITATION,
 )
 def dpm_ot(seed: int) -> Findings:
+    """Samples begun at latents that an optimal transport map chooses, beside those begun at noise."""
     model = load("digits")
     x = digits().x.reshape(-1, 1, 8, 8)  # the network has seen the first 1,500
     clean, unseen = x[torch.randperm(1500, generator=torch.Generator().manual_seed(seed))[:N]], x[1500:]

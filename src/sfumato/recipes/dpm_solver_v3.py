@@ -65,6 +65,7 @@ def difference(one: EmpiricalStatistics, other: EmpiricalStatistics) -> dict[str
 
 
 def picture(beds: dict[str, tuple[Bed, dict[str, tuple[Any, str]]]], statistics: EmpiricalStatistics) -> Any:
+    """Errors over the evaluations on both beds, and the statistics that were measured."""
     with plots.style():
         made = plots.figure(13, 6.4)
         left, right = made.subfigures(1, 2, width_ratios=(2.3, 1))
@@ -101,6 +102,7 @@ def picture(beds: dict[str, tuple[Bed, dict[str, tuple[Any, str]]]], statistics:
     citation=CITATION,
 )
 def dpm_solver_v3(seed: int) -> Findings:
+    """Solvers on the measured split of the flow beside those of fixed splits."""
     bed, net, x = exact(seed, 1, fine=200), network(seed, 2, 128), digits().x
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(mix(seed, 3) % 2**32))
     halves = [measured(bed, x[part].double(), seed, levels=40, probes=4) for part in order[:1792].chunk(2)]

@@ -94,6 +94,7 @@ def cell(
     steps = steps or SOLVERS[solver]
 
     def figures(images: Tensor) -> dict[str, float]:
+        """Distances, accuracy and diversity of an arm's images."""
         seen = of.judge.features(images)
         return {
             "frechet": frechet_distance(seen, of.unseen).value,
@@ -150,6 +151,7 @@ def picture(table: Any, reference: float, spaces: dict[str, float], sheets: dict
     citation=CITATION,
 )
 def enhancing_ddpm(seed: int) -> Findings:
+    """DDIM with guidance in 50 evaluations beside DDPM without, in 50 and in 1000."""
     found, first = study(seed), "pixels, linear"
     table = grid(
         {"solver": list(SOLVERS), "scale": list(SCALES)}, lambda solver, scale: cell(found, seed, solver, scale)

@@ -71,6 +71,7 @@ def picture(bed: Bed, losses: dict[str, Tensor], share: dict[str, float], drawn:
     citation=CITATION,
 )
 def flexdit(seed: int) -> Findings:
+    """A transformer of changing token density beside dense ones of the same work, from the same weights."""
     bed = Bed(seed)
     nets = arms(bed.net)
     one = {k: v[:1] for k, v in bed.known.cond.items()}

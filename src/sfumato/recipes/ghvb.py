@@ -52,6 +52,7 @@ def interval_error() -> float:
 
 
 def picture(bed: Bed) -> Any:
+    """Regions of stability, growth of errors, errors over the steps, and what diverges."""
     with plots.style():
         made = plots.figure(13, 6.6)
         top, bottom = made.subfigures(2, 1, height_ratios=(1.75, 1))
@@ -91,6 +92,7 @@ def picture(bed: Bed) -> Any:
     citation=CITATION,
 )
 def ghvb(seed: int) -> Findings:
+    """Stability, order and artifacts of momentum methods beside those without."""
     bed = exact(seed, 1, 256, SCALE, fine=200)
     rate = {name: bed.diverged(spec, 8) for name, (spec, *_) in SOLVERS.items()}
     dial = [bed.diverged(f"ghvb(terms=4, beta={beta})", 8) for beta in (1.0, 0.8, 0.5)]

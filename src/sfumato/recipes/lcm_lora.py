@@ -120,6 +120,7 @@ def transport(seed: int) -> list[Check]:
     citation=CITATION,
 )
 def lcm_lora(seed: int) -> Findings:
+    """One low-rank difference on fine-tunes it never saw; and source iteration sped up."""
     bed = Bed(seed)
     base = bed.teacher(VP(), "v")
     models = {

@@ -203,6 +203,7 @@ def picture(found: dict[int, Subspace], goal: Rewarded, mixture: Any, samples: l
     citation=CITATION,
 )
 def overview(seed: int) -> Findings:
+    """Scores on a subspace, sampling for a reward, and guidance, each against exact answers."""
     found = {d: subspace(d, seed) for d in SIZES}
     last, std = found[SIZES[-1]], LAW.coef(EARLY).sigma
     growth = {name: last.errors[name] / found[SIZES[0]].errors[name] for name in NETWORKS}

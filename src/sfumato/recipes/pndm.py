@@ -53,6 +53,7 @@ def picture(curves: dict[str, Any], bed: Bed, shown: dict[str, tuple[str, int, f
     citation=CITATION,
 )
 def pndm(seed: int) -> Findings:
+    """Order, end points and samples of pseudo linear multistep methods beside DDIM."""
     bed = exact(seed, 1, fine=200)
     curves = {name: bed.curve(spec, STEPS) for name, (spec, _, _) in SOLVERS.items()}
     curves["DDIM"] += bed.curve("ddim", (1000,))

@@ -62,6 +62,7 @@ def picture(
     citation=CITATION,
 )
 def ptq4dm(seed: int) -> Findings:
+    """Networks in 8 bits whose ranges come from several calibration sets and searches."""
     bed, distance = Bed(seed), Distance()
     sets = {(name, k): bed.calibration(name, k) for name in (OURS, EVEN, NOISE, RAW) for k in range(SEEDS)}
     first: dict[tuple[int, int], dict[str, float]] = {}

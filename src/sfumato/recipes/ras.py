@@ -84,6 +84,7 @@ def picture(rows: dict[str, Tensor], curves: dict[str, list[tuple[float, float]]
     citation=CITATION,
 )
 def ras(seed: int) -> Findings:
+    """Steps on the regions that change, beside fewer dense steps and random regions."""
     b, judge = bench("emoji-latent", N, seed), Judge()
     d = cfg(b.pipeline.guidance)(b.pipeline.denoiser)
 

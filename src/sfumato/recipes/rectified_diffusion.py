@@ -89,6 +89,7 @@ def phased(bed: Bed, teacher: Any) -> Any:
     citation=CITATION,
 )
 def rectified_diffusion(seed: int) -> Findings:
+    """A model retrained on matched pairs beside shuffled pairs and reflow."""
     bed = Bed(seed)
     teacher = bed.teacher(LAW, "eps", TEACHING)
     found = retrained(bed, teacher, bed.pairs(teacher, PAIRS, SCALE))

@@ -115,6 +115,7 @@ def picture(found: dict[int, Tensor], rows: dict[str, Tensor]) -> Any:
     citation=CITATION,
 )
 def slam(seed: int) -> Findings:
+    """Consistency along sub-paths beside consistency at their ends."""
     found = plane(seed)
     ratios = {skip: float(e[:, 0].mean() / e[:, 1].mean()) for skip, e in found.items()}
     low, high = interval(found[100], seed)

@@ -64,6 +64,7 @@ def picture(rows: dict[str, Tensor], flows: dict[str, list[float]], last: dict[s
     citation=CITATION,
 )
 def slimflow(seed: int) -> Findings:
+    """A small one-step flow, annealed and distilled, beside plain reflow and plain distillation."""
     bed = Bed(seed)
     large = bed.teacher(Flow(), "flow", width=256)
     pairs = bed.pairs(large, PAIRS)

@@ -98,6 +98,7 @@ def picture(kl: Tensor, bound: Tensor, ways: Any, starts: Tensor, seed: int) -> 
     citation=CITATION,
 )
 def stochastic_interpolants(seed: int) -> Findings:
+    """Laws of samples with exact and learned fields at several noise levels, beside the flow."""
     laws = {d: exact(d, seed) for d in (2, 16)}
     fields = random_fields(20, 0.7, seed=core.mix(seed, 4)), random_fields(20, 0.7, seed=core.mix(seed, 5))
     kl, bound, _ = kl_of_errors(two_mixtures(2, seed), Interpolant(), fields, 0.5, half_width=4.5, cells=48, steps=700)

@@ -85,6 +85,7 @@ def picture(rows: dict[str, Tensor], found: dict[str, tuple[float, float, float]
     citation=CITATION,
 )
 def tad_sr(seed: int) -> Findings:
+    """One-step super-resolution with and without time-aware terms, beside the teacher."""
     bed = Bed(seed)
     teacher = bed.teacher(TEACHER)
     students = taught(bed, teacher, bed.pairs(teacher, PAIRS))

@@ -95,7 +95,10 @@ class DPMSolverV3(Solver):
                'none', 'same' (p beliefs, the new one among them, so none for p = 1), 'exact' (p + 1, one more order), or
                'pseudo' (p + 1 with pseudo derivatives)
     pseudo     each derivative of the predictor's g is k! times the divided difference of its k + 1 newest nodes: it does
-               not hear of the older ones. Smoother and of order 2 from three nodes on; up to two nodes it changes nothing
+               not hear of the older ones. Up to two nodes it changes nothing; from three on it is of order 2, whatever
+               ``order`` is: Newton's g_0 + u g[0, 1] + u (u + h) g[0, 1, 2] loses its h u g[0, 1, 2] (the slope at the newest
+               node is that half a step before it), which is h^2 in g and h^3 a step. Published for few steps, where
+               smoothness is worth more than order
     taper      let the order fall to the number of steps that are left ("lower order final")
 
     :meth:`published` has what the publication ran with. Source: Zheng, Lu, Chen, Zhu, 2023, "DPM-Solver-v3: Improved

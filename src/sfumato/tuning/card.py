@@ -18,6 +18,7 @@ from sfumato.core import Denoiser, Grid, InputError, Solver
 from sfumato.files import write_atomically
 from sfumato.solvers.empirical import DPMSolverV3, EmpiricalStatistics
 from sfumato.solvers.scheduled import Scheduled, Subspace
+from sfumato.tuning.scales import scaled
 from sfumato.tuning.steps import planned
 
 FORMAT, STATISTICS = 1, ("lams", "l", "s", "b")
@@ -89,6 +90,7 @@ class SamplerCard:
     times        the very times to visit, or None with a spec of a grid in ``grid_spec``
     nfe          denoiser calls an item
     skips        for each step the blocks that are left out
+    scales       for each step a coefficient for each skip connection of a U-Net, see :func:`sfumato.tuning.scales.scaled`
     tensors      coefficients, statistics, start tensors, by name
     model, fingerprint, process, guidance (a scale or a spec)   what it was tuned on
     seeds        {'fitting', 'choosing', 'reporting'}: start noises; none is in two of them
@@ -120,6 +122,7 @@ class SamplerCard:
     rows: Sequence[Mapping[str, Any]] = ()
     begins: Mapping[str, Any] | None = None
     anyway: bool = False
+    scales: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.times is None) == (self.grid_spec is None):
@@ -171,8 +174,8 @@ class SamplerCard:
         return known[name].of(held, config)
 
     def prepared(self, denoiser: Denoiser) -> Denoiser:
-        """The (guided) denoiser as the card runs it: with the card's blocks left out."""
-        return planned(denoiser, self.skips)
+        """The (guided) denoiser as the card runs it: with the card's blocks left out and skip connections scaled."""
+        return scaled(planned(denoiser, self.skips), self.scales)
 
     def check(self, denoiser: nn.Module, guidance: float | str | None = None) -> None:
         """Refuse another model or another guidance than the card was tuned on (InputError); ``unchecked`` accepts all."""
@@ -231,6 +234,7 @@ class SamplerCard:
             tensors = _tensors(path, record.pop("tensors"))
             record["times"] = None if record["times"] is None else tuple(record["times"])
             record["skips"] = tuple(tuple(names) for names in record["skips"])
+            record["scales"] = tuple(tuple(row) for row in record.get("scales", ()))
             return SamplerCard(**record, tensors=tensors, anyway=anyway)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):

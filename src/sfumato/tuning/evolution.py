@@ -114,7 +114,7 @@ class Evolution(Generic[C]):
         made: dict[C, None] = {}
         for count, make in makers:
             wanted = len(made) + count * times
-            for _ in range(10 * count * times):
+            for _ in range(max(10 * count * times, 100)):
                 if len(made) >= wanted:
                     break
                 child = make()

@@ -194,6 +194,7 @@ def strategies(
     rehearsals: int = 6000,
     seed: int = 0,
     predictor: bool = True,
+    prior: bool = True,
     free: bool = True,
     told: Callable[[int, int, float], None] | None = None,
 ) -> Found[Schedule]:
@@ -201,11 +202,12 @@ def strategies(
 
     budget      true evaluations: runs of ``nfe`` calls for every item of the target
     rehearsals  candidates that are evolved on the replay of the target first, without calling the network; the first
-                population is the best of them. 0 uses no replay at all, as the publication does
-    predictor   rank a larger pool by what the replay foretells, corrected by a pairwise ranking of true evaluations
+                population is the best of them. 0: it is of known solvers on known grids
+    predictor   rank a larger pool of children and evaluate the most promising only
+    prior       the predictor starts from what the replay foretells, and learns from true evaluations what to add to it;
+                False: it learns from them alone
 
-    The rehearsal and the replay as the predictor's prior are ours; the publication learns its predictor from evaluations
-    alone. Deterministic by seed. Source: Liu et al. 2023, "A Unified Sampling Framework for Solver Searching of Diffusion
+    The rehearsal and the prior are ours: rehearsals=0 with prior=False is as published. Deterministic by seed. Source: Liu et al. 2023, "A Unified Sampling Framework for Solver Searching of Diffusion
     Probabilistic Models".
     """
     space = StrategySpace(target.process, nfe, target.times[0], target.times[-1], free)
@@ -230,11 +232,11 @@ def strategies(
     narrow = Evolution(*operators, population=16, parents=12, mutants=11, crossed=4, pool=24)
 
     def features(one: Schedule) -> list[float]:
-        if not rehearsals:
+        if not prior:
             return space.encode(one)
         return [math.log(min(max(foretold(one), 1e-9), 1e3)), *space.encode(one)]
 
-    ranking = Ranking(features, prior=0 if rehearsals else None, seed=seed) if predictor else None
+    ranking = Ranking(features, prior=0 if prior else None, seed=seed) if predictor else None
     return narrow.run(fitness, start[:budget], budget=budget, seed=seed + 1, predictor=ranking, told=told)
 
 

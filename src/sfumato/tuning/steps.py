@@ -99,6 +99,22 @@ class StepSpace:
         made = Choice(tuple(sorted(genes)), skips)
         return made if made not in (one, other) and self.fits(made) else None
 
+    def trade(
+        self, one: Choice, ranked: Sequence[tuple[int, str]], draw: random.Random, reach: float = 7.0
+    ) -> Choice | None:
+        """One block that was left out at some step is called again and another is not: of ``ranked`` (step, block) that are
+        called one of about the first ``reach``."""
+        out = [(i, name) for i, names in enumerate(one.skips) for name in names]
+        rest = [place for place in ranked if place not in out]
+        if not out or not rest:
+            return None
+        out.remove(draw.choice(out))
+        return Choice(one.indices, self.lists([*out, rest[min(int(draw.expovariate(1 / reach)), len(rest) - 1)]]))
+
+    def lists(self, places: Sequence[tuple[int, str]]) -> tuple[tuple[str, ...], ...]:
+        """Skip lists that leave out these (step, block)."""
+        return tuple(tuple(sorted(name for j, name in places if j == i)) for i in range(self.count))
+
     def _none(self) -> tuple[tuple[str, ...], ...]:
         return ((),) * self.count if self.most else ()
 
@@ -190,34 +206,39 @@ def joint(
     blocks: Sequence[str],
     allowed: int,
     *,
-    budget: int = 60,
-    population: int = 16,
+    budget: int = 400,
     seed: int = 0,
 ) -> Found[Choice]:
-    """The two stages: times with whole networks on a quarter of the budget, then times and skip lists together, with at most
-    ``allowed`` block evaluations a run.
+    """Times, and blocks left out at each of them, together: at most ``allowed`` block evaluations a run.
 
-    The second stage starts from the best times with each block left out at as many steps as it takes, last steps first and
-    first steps first. Raises InputError where leaving one block out at every step is not enough.
+    Times are evolved with whole networks on an eighth of the budget; then each block is left out at each step alone, which
+    says what it costs there; the rest of the budget improves the times with as many of the cheapest omissions as it takes:
+    a child of the best so far moves times, trades one omission for another that costs little alone, or both (the publication
+    redraws whole skip lists at random). Raises InputError where leaving one block out at every step is not enough, and for a budget
+    that ends before the last stage.
     """
-    out = count * len(blocks) - allowed
+    out, stage = count * len(blocks) - allowed, max(budget // 8, 1)
     if not 0 < out <= count * (len(blocks) - 1):
         raise InputError(f"{allowed} block evaluations of {count * len(blocks)}: fewer than all, at least one a step")
-    each = -(-out // count)  # blocks left out a step, where all steps share the saving
-    stage = max(budget // 4, 1)
-    times = evolve(fitness, StepSpace(pool, count), budget=stage, population=min(population, stage), seed=seed).best
-    draw, start = random.Random(seed), []
-    for _ in range(population):
-        chosen = draw.sample(list(blocks), each)
-        order = draw.choice((range(count), range(count - 1, -1, -1)))
-        lists: list[tuple[str, ...]] = [()] * count
-        left = out
-        for i in order:
-            lists[i] = tuple(sorted(chosen[: min(each, left)]))
-            left -= len(lists[i])
-        start.append(Choice(times.indices, tuple(lists)))
-    space = StepSpace(pool, count, tuple(blocks), min(len(blocks), each + 1), 0.25, allowed)
-    return evolve(fitness, space, budget=max(budget - stage, 1), population=population, start=start, seed=seed)
+    if budget <= stage + count * len(blocks):
+        raise InputError(
+            f"budget = {budget}: each of {count * len(blocks)} omissions is tried alone, and more is needed"
+        )
+    times = evolve(fitness, StepSpace(pool, count), budget=stage, population=min(16, stage), seed=seed).best
+    space = StepSpace(pool, count, tuple(blocks), len(blocks), 0.0, allowed)
+    cost = {
+        (i, name): fitness(Choice(times.indices, space.lists([(i, name)]))) for i in range(count) for name in blocks
+    }
+    cheapest = sorted(cost, key=cost.__getitem__)
+
+    def child(one: Choice, draw: random.Random) -> Choice | None:
+        kind = draw.random()
+        traded = (space.trade(one, cheapest, draw) if kind < 0.6 else None) or one
+        return space.nudge(traded, draw) or traded if kind > 0.4 else traded
+
+    climb = Evolution(child, space.cross, lambda draw: None, population=1, parents=1, mutants=1, crossed=0)
+    start = [Choice(times.indices, space.lists(cheapest[:out]))]
+    return climb.run(fitness, start, budget=budget - stage - len(cost), seed=seed)
 
 
 def uniform_pool(target: Target, n: int = 250) -> tuple[float, ...]:

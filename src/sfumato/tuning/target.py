@@ -28,6 +28,8 @@ class Target:
     states    N + 1 states (n, *), the last of them the ends
     factor    R of the QR factorisation of the columns x_0, v_0, ..., x_{N-1}, v_{N-1}, x_N (each n * D long): it keeps all
               their inner products, without squaring them
+    counted   so far, summed over items: 'calls' of the sampler's denoiser, and 'nfe', the rows that the network evaluated for
+              them (two a call under classifier-free guidance)
     """
 
     denoiser: Denoiser
@@ -37,7 +39,7 @@ class Target:
     states: Sequence[Tensor]
     factor: Tensor
     batch: int = 32
-    counted: dict[str, float] = field(default_factory=lambda: {"nfe": 0.0})
+    counted: dict[str, float] = field(default_factory=lambda: {"calls": 0.0, "nfe": 0.0})
 
     @property
     def process(self) -> Any:
@@ -62,10 +64,11 @@ class Target:
             if solver.stochastic:
                 ctx.rng = Streams.of(0, len(self.x)).select(rows)
             x = linear(1.0, self.x[rows], 1.0, self.process.anchor(times[0], ctx.cond))
-            chosen = denoiser or self.denoiser
+            chosen = Counted(denoiser or self.denoiser)
             for st in core.trajectory(chosen, solver, grids.fixed(times), len(times) - 1, x=x, ctx=ctx,
                                       start=times[0], stop=times[-1]):  # fmt: skip
                 last = st
+            self.counted["calls"] += chosen.rows
             self.counted["nfe"] += ctx.run.nfe * len(x)
             out.append(solver.read(last))
         return torch.cat(out)
@@ -134,6 +137,18 @@ def aim(
         factor = torch.linalg.qr(rows_of if factor is None else torch.cat([factor, rows_of]), mode="r").R
     assert factor is not None
     return Target(denoiser, torch.cat(starts), cond, times, list(torch.cat(states, 1)), factor, batch)
+
+
+class Counted(Wrapper):
+    """Counts the rows that a sampler asks about, whatever guidance makes of each."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__(inner)
+        self.rows = 0
+
+    def forward(self, x: Any, t: Any, ctx: Context) -> Any:
+        self.rows += len(core.first(x))
+        return self.inner(x, t, ctx)
 
 
 class _Told(Wrapper):

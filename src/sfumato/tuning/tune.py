@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato import grids, solvers
 from sfumato.core import Denoiser, InputError, Solver, Wrap, mix
 from sfumato.solvers.empirical import DPMSolverV3
-from sfumato.tuning import search, statistics, steps, subspace
+from sfumato.tuning import scales, search, statistics, steps, subspace
 from sfumato.tuning.card import SamplerCard, described, fingerprint
 from sfumato.tuning.target import Target, aim
 
@@ -42,10 +42,11 @@ class Entry:
     skips: tuple[tuple[str, ...], ...] = ()
     solver_spec: str | None = None
     grid_spec: str | None = None
+    scales: scales.Scales = ()
 
     def denoiser(self, target: Target) -> Denoiser:
-        """The target's denoiser, with blocks left out where this says so."""
-        return steps.planned(target.denoiser, self.skips)
+        """The target's denoiser, with blocks left out and skip connections scaled where this says so."""
+        return scales.scaled(steps.planned(target.denoiser, self.skips), self.scales)
 
 
 def tune(
@@ -70,7 +71,7 @@ def tune(
     """The sampler of ``nfe`` calls whose ends are nearest to those of the same model's fine solution.
 
     pipeline   a Pipeline, or a Denoiser with ``shape`` = (*), the event's shape
-    method     'untuned' (registered solvers on grids), 'dpm-solver-v3' (with measured statistics), 'usf' (a schedule of strategies), 'olss' (optimal linear subspace, as
+    method     'untuned' (registered solvers on grids), 'dpm-solver-v3' (with measured statistics), 'usf' (a schedule of strategies, for a UNet with skip coefficients), 'olss' (optimal linear subspace, as
                published), 'subspace' (the same fitted to its own states, on evolved times), 'autodiffusion' (evolved times for
                the pipeline's solver), or 'auto': all of them
     prompts    what the model is told meanwhile (default: its classes or its table of captions, in turn)
@@ -169,7 +170,7 @@ def _card(
     description, tensors = described(best.solver_spec or best.solver)
     return SamplerCard(
         made_by=after["method"], description=description, steps=len(best.times) - 1, nfe=after["nfe"],
-        times=None if best.grid_spec else best.times, grid_spec=best.grid_spec, skips=best.skips, tensors=tensors,
+        times=None if best.grid_spec else best.times, grid_spec=best.grid_spec, skips=best.skips, scales=best.scales, tensors=tensors,
         model=model, fingerprint=fingerprint(bare), process=repr(bare.process),
         guidance=float(scale) if isinstance(scale, (int, float)) else scale if isinstance(scale, str) else None, seeds=seeds,
         seconds=seconds, before=before, after=after, rows=rows,
@@ -265,6 +266,12 @@ def _usf(
     for one, value in found.ranked[:3]:
         if math.isfinite(value):
             yield Entry("usf", f"schedule of {len(one.moves)} strategies", one.solver, one.times)
+    if scales.possible(target.denoiser):
+        best, name = found.best, f"schedule of {len(found.best.moves)} strategies with skip coefficients"
+        climb = scales.coefficients(
+            target, best.solver, best.times, budget=max(budget // 2, 1), seed=seed, told=watch.stage("usf")
+        )
+        yield Entry("usf", name, best.solver, best.times, scales=climb.best)
 
 
 def _olss(

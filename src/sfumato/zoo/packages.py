@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -53,7 +54,12 @@ def run(command: list[str], folder: Path, need: str) -> None:
         raise SfumatoError(f"'{command[0]}' is not on this machine: {need}")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SfumatoError(f"'{' '.join(command)}' failed with status {done.returncode}: {done.stderr.strip()[-400:]}")
+        lines = done.stderr.strip().splitlines()
+        told = [line for line in lines if re.match(r"E:|error|npm (err|error)", line, re.IGNORECASE)] or lines
+        said = " ".join(told[-3:])[-400:]
+        raise SfumatoError(
+            f"'{' '.join(command)}' failed with status {done.returncode}; it needs a package index that can be reached: {said}"
+        )
 
 
 def npm_package(name: str, version: str, cache: Path, sha256: str) -> Path:
