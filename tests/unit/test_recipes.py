@@ -175,3 +175,29 @@ def test_a_citation_says_no_more_than_is_known():
     text = recipes.citation("zero-1-to-a")
     assert text.startswith("@misc{zero-1-to-a,") and recipes.about("zero-1-to-a").title in text
     assert "author" not in text and "year" not in text
+
+
+def test_networks_of_a_recipe_begin_as_its_seed_says(monkeypatch):
+    """Weights that nobody seeds are those of the recipe's seed, whatever ran before, and the caller's generator goes on."""
+    import torch
+
+    from sfumato.recipes import _base
+
+    monkeypatch.setattr(_base, "_made", {})
+
+    @recipe(SLUG, kind="solver", claim="c", baseline="b", citation="")
+    def made(seed: int) -> Findings:
+        return Findings(
+            [Check("weight", float(torch.nn.Linear(3, 3).weight.detach().sum()), None, "ours < 9")], 1, "d", "m", ""
+        )
+
+    torch.manual_seed(1)
+    first = made.run(seed=5).checks[0].ours
+    torch.manual_seed(1)
+    torch.rand(7)
+    again = made.run(seed=5).checks[0].ours
+    assert first == again != made.run(seed=6).checks[0].ours
+    after = torch.rand(2)
+    torch.manual_seed(1)
+    torch.rand(7)
+    assert torch.equal(after, torch.rand(2))
