@@ -22,7 +22,7 @@ class ClassifierFree(Wrapper):
     def __init__(
         self,
         inner: Denoiser,
-        scale: float,
+        scale: float | Tensor,
         interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
         null: Mapping[str, Any] | None = None,
@@ -30,7 +30,7 @@ class ClassifierFree(Wrapper):
     ) -> None:
         super().__init__(inner)
         check_interval(interval)
-        if not math.isfinite(scale):
+        if not isinstance(scale, Tensor) and not math.isfinite(scale):
             raise InputError(f"scale = {scale}: a finite number")
         if not 0 <= rescale <= 1:
             raise InputError(f"rescale = {rescale}: between 0 (off) and 1")
@@ -79,7 +79,7 @@ def check_interval(interval: tuple[float, float] | None) -> None:
         raise InputError(f"interval = {interval}: (low, high) with 0 <= low < high <= 1 in time t")
 
 
-def scale_at(t: Any, scale: float, interval: tuple[float, float] | None) -> float | Tensor:
+def scale_at(t: Any, scale: float | Tensor, interval: tuple[float, float] | None) -> float | Tensor:
     """The scale at t: 1 outside the interval, row by row with a clock an item."""
     if interval is None:
         return scale
