@@ -105,6 +105,7 @@ def picture(rmse: dict[str, list[float]], errors: dict[str, float], rows: dict[s
 )
 @torch.no_grad()
 def bdia(seed: int) -> Findings:
+    """Inversion to rounding, distance of samples from the truth, and edits, beside DDIM and EDICT."""
     (errors, calls), rmse, distance = returned(seed), accuracy(seed), quality(seed)
     tones = edits.load("tone", 24, seed=seed)
     arms = tried(load("emoji-latent"), tones, METHODS, seed, steps=15, guidance=3.0)
@@ -132,6 +133,7 @@ def bdia(seed: int) -> Findings:
         + ", ".join(f"{k} {d.value:.4f} ({d.low:.4f} to {d.high:.4f})" for k, d in distance.items())
         + ". Edits: 15 steps of a whole run, strength 0.6, guidance 3 down and 1 up, gamma = 0.5 (chosen on seed 100, where 0.46, 0.6 and 0.7 did equally "
         "well; near 1 what differs between odd and even steps is not damped when the conditions change). "
-        f"{'; '.join(said(*arm) for arm in arms.items())}; ratio to EDICT {gain.low:.3f} to {gain.high:.3f}.",
+        f"{'; '.join(said(*arm) for arm in arms.items())}; ratio to EDICT {gain.low:.3f} to {gain.high:.3f}. "
+        "BDIA changes less than EDICT and so reaches fewer: on seed 100 with strength 0.7, 0.94 against 1.00 at 0.95 of its distance; with gamma 0.7, 0.88 against 0.94.",
         picture=picture(rmse, errors, {"original": tones.before, "true edit": tones.after, **{k: a.images for k, a in arms.items()}}),
     )  # fmt: skip

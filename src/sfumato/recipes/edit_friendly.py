@@ -106,6 +106,7 @@ def picture(stats: dict[str, Any], moved: dict[str, Tensor], rows: dict[str, Ten
 )
 @torch.no_grad()
 def edit_friendly(seed: int) -> Findings:
+    """Recorded noise maps: exactness, statistics, moves and edits, beside native maps and DDIM inversion."""
     pipeline, exact = load("emoji-pixel"), exactness(seed)
     some = edits.load("vendor", 6, pipeline.size[0], seed=seed)
     errors, moved = shifted(pipeline, some, seed)
@@ -149,6 +150,7 @@ def edit_friendly(seed: int) -> Findings:
         "guidance 3 down and 1 up in all arms (model and guidance chosen on seeds 100 and 101: on emoji-latent no arm was nearer than another). "
         f"{'; '.join(said(*arm) for arm in arms.items())}; geometric means of the ratios "
         + ", ".join(f"{k} {g.low:.3f} to {g.high:.3f}" for k, g in gains.items())
-        + ". The distance is rms to the true drawing over rms between the true drawings.",
+        + ". The distance is rms to the true drawing over rms between the true drawings. "
+        "Moves: with 50 steps in the place of 25 the error is 0.65 and 0.81 of native maps' (seeds 100, 101; 0.72 and 0.87 with 25), on the arctan grid 0.64 and 0.77: it hardly falls itself. The likely reason is that the network has only seen centred drawings and is not indifferent to where they are.",
         picture=picture(stats, moved, {"original": tones.before, "true edit": tones.after, **{k: a.images for k, a in arms.items()}}),
     )  # fmt: skip
