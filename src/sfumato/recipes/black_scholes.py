@@ -75,6 +75,7 @@ def picture(images: dict[str, Tensor], asked: list[tuple[str, str]], blend: dict
 )
 @torch.no_grad()
 def black_scholes(seed: int) -> Findings:
+    """Blends of two prompts by the option price, beside interpolated features and alternating prompts."""
     pipeline, judge, asked = load("emoji-latent"), Judge(), pairs(N, seed)
     encoder: Any = load_encoder("emoji-encoder")
     cond, vectors = told(pipeline, asked)

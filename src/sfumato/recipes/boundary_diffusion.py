@@ -103,6 +103,7 @@ def picture(rows: dict[str, Tensor], curve: Any, time: float, dark: dict[float, 
 )
 @torch.no_grad()
 def boundary_diffusion(seed: int) -> Findings:
+    """Hyperplanes at every noise level, and moves across the best of them beside random moves."""
     pipe: Any = sf.load("emoji-pixel")
     learned, unseen = people("train", LEARNED + 200, seed), people("unseen", N, mix(seed, 1))
     known, few = learned.select(slice(LEARNED)), learned.select(slice(SEARCHED))

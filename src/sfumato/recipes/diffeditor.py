@@ -99,6 +99,7 @@ def picture(data: Scenes, made: dict[str, Tensor]) -> Any:
     citation=CITATION,
 )
 def diffeditor(seed: int) -> Findings:
+    """Objects moved by regional energies, noise and time travel, each left out in turn."""
     pipeline, data = load("emoji-pixel"), scenes(seed)
     point = (CELL / 2, CELL / 2, 1.5 * CELL, CELL / 2)
     found = {

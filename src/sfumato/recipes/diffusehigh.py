@@ -60,6 +60,7 @@ def picture(small: Tensor, made: dict[str, Tensor], real: Tensor) -> Any:
     citation=CITATION,
 )
 def diffusehigh(seed: int) -> Findings:
+    """Drawings at twice the size with the low band held, beside sampling there and interpolation."""
     setting, judge = bench("emoji-pixel", N, seed), Judge()
     pipeline, asked = setting.pipeline, setting.captions
     cond = {"vendor": setting.vendors}

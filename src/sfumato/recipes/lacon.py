@@ -102,6 +102,7 @@ def picture(rows: dict[str, Tensor], ious: dict[str, float]) -> Any:
 )
 @torch.no_grad()
 def lacon(seed: int) -> Findings:
+    """Samples led by masks, edges and sketches through aligners of features and of x_t."""
     pipe: Any = sf.load("emoji-pixel")
     judge = Judge()
     train, held = (emoji.load(32, vendors=("noto",), split=split, skin_tones=False) for split in ("train", "unseen"))
@@ -112,6 +113,7 @@ def lacon(seed: int) -> Findings:
     cond, nfe = pipe.conditions(N), {}
 
     def drawn(name: str, channel: int, target: Tensor | None, reader: str = "features", until: float = UNTIL) -> Tensor:
+        """Samples from the same noise, led to a target by a reader or not at all."""
         denoiser = pipe.denoiser
         if target is not None:
             paths = PATHS if reader == "features" else ()

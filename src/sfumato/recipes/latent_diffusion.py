@@ -94,6 +94,7 @@ def picture(strips: dict[str, tuple[Tensor, Tensor]], distances: dict[int, Any],
 )
 @torch.no_grad()
 def latent_diffusion(seed: int) -> Findings:
+    """Diffusion on the codes of autoencoders of several factors beside diffusion on pixels."""
     judge: Any = load_encoder("emoji-judge")
     train, *parts = (emoji.load(SIZE, split=split) for split in ("train", "unseen", "heldout-vendor"))
     held, category = torch.cat([p.images for p in parts]), torch.cat([p.category for p in parts])

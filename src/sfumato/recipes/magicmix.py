@@ -81,6 +81,7 @@ def picture(layout: Tensor, made: dict[str, Tensor], points: dict[str, tuple[flo
     citation=CITATION,
 )
 def magicmix(seed: int) -> Findings:
+    """Layout kept at equal agreement with the prompt, beside noising and denoising from several times."""
     pipeline, judge = load("emoji-latent"), Judge()
     unseen = emoji.load(64, split="unseen", skin_tones=False)
     order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(seed))[:N]

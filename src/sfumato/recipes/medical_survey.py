@@ -104,6 +104,7 @@ def picture(samples: dict[str, Tensor], scans: Any, scores: Any, maps: dict[str,
     """Samples of each framework, reconstructions at both accelerations, and maps of anomalies."""
 
     def mosaics(part: Any, rows: int, shown: list[tuple[str, Tensor]]) -> None:
+        """Patches side by side under their titles."""
         for ax, (title, x) in zip(part.subplots(rows, len(shown) // rows).flat, shown, strict=True):
             ends = (-1, 1) if x.min() < -0.5 else (0, 255 if x.dtype == torch.uint8 else x[:8].float().quantile(0.997))
             x = (
@@ -139,6 +140,7 @@ def picture(samples: dict[str, Tensor], scans: Any, scores: Any, maps: dict[str,
     citation=CITATION,
 )
 def medical_survey(seed: int) -> Findings:
+    """One network as DDPM, NCSN and SDE model; reconstruction and anomalies with it."""
     network, regressor, autoencoder = (
         sf.load("medical").denoiser.eval(), load_encoder("medical-regressor"), load_encoder("medical-autoencoder"),
     )  # fmt: skip

@@ -73,6 +73,7 @@ def picture(given: Tensor, made: dict[str, Tensor], captions: list[str]) -> Any:
     citation=CITATION,
 )
 def pilot(seed: int) -> Findings:
+    """Holes filled by descending on the state, with and without the attention loss, beside blending."""
     items, judge = bench("emoji-pixel", N, seed, split="unseen"), Judge()
     texts = judge.encoder.text(items.cond["vector"]).detach()
 

@@ -172,6 +172,7 @@ def picture(found: Any, made: Any, worded: Any) -> Any:
     """Digits before and after their noise was moved, digits with a token, and the losses of prompts."""
 
     def strip(ax: Any, rows: list[Tensor], labels: tuple[str, ...], title: str) -> None:
+        """Rows of pictures with a label each."""
         columns = len(rows[0])
         images = to_uint8(torch.cat(rows))
         gap = max(1, images.shape[-1] // 8)
@@ -225,6 +226,7 @@ def picture(found: Any, made: Any, worded: Any) -> Any:
     citation=CITATION,
 )
 def sage(seed: int) -> Findings:
+    """Failures found by gradients through the sampler, beside random search of equal cost."""
     members, judges = made(seed)
     found, put, worded = noises(seed, members, judges), token(seed), prompts(seed)
     ours, theirs = found["found"].float(), found["chance"].float()

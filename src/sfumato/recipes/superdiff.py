@@ -130,6 +130,7 @@ def picture(flat: Any, made: dict[str, Tensor], images: dict[str, Tensor], asked
     citation=CITATION,
 )
 def superdiff(seed: int) -> Findings:
+    """Densities along the path, and OR and AND of two models with them, beside averaged scores."""
     flat = plane(seed)
     made, distance, entropy = halves(seed)
     images, lower, asked = prompts(seed)
