@@ -1,4 +1,4 @@
-"""``arc`` against the samplers of k-diffusion and azula on the exact cases of :mod:`benchmarks.solvers_cases`.
+"""``arc``, and the best of our settings, against k-diffusion and azula on the exact cases of :mod:`benchmarks.solvers_cases`.
 
 k-diffusion needs torchvision, which this project does not, so this has an environment of its own:
 
@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sfumato as sf
 from benchmarks import solvers
 from benchmarks.solvers_cases import EXACT, TABLE, Case, exact
+from sfumato.denoisers.oracles import Gaussian
 
 LOW, HIGH = (-TABLE.coef(t).lam for t in (1 / TABLE.steps, 1.0))  # log(sigma / alpha) at the two ends
 SPACINGS = ("karras", "logsnr")
@@ -105,8 +107,23 @@ def _runs() -> Iterator[tuple[str, str, Callable[[Case, int], tuple[Tensor, int]
                 yield "azula", label, lambda c, n, a=(name, order, spacing): azula(c, *a, n)  # type: ignore[misc]
 
 
+def crossing(calls: int = 8) -> list[dict[str, float]]:
+    """End minus exact end of x = 1 on N(0, std^2), by std, of azula's vAB3 and of ``arc``: where an error changes its sign."""
+    rows, begin = [], TABLE.coef(1.0)
+    for std in (0.5, 0.6, 0.68, 0.7, 0.72, 0.8, 0.9):
+        end = std / math.hypot(begin.alpha * std, begin.sigma)
+        denoiser = Gaussian(torch.zeros(4), std * std).denoiser(TABLE)
+        case = Case("one Gaussian", "exact", denoiser, torch.ones(1, 4), {}, torch.full((1, 4), end))
+        theirs, _ = azula(case, "vAB", 3, "logsnr", calls)
+        ours = sf.sample(denoiser, solver="arc", steps=calls, x=case.x, ctx=case.context())
+        rows.append(
+            {"std": std, **{k: solvers._short(float(v[0, 0]) - end) for k, v in (("vAB3", theirs), ("arc", ours))}}
+        )
+    return rows
+
+
 def measure(n: int = 64) -> dict[str, Any]:
-    """Ratios of ``arc`` over the best of both libraries, and every figure."""
+    """Ratios of ``arc``, and of the best of our settings, over the best of both libraries, and every figure."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     rows = []
@@ -115,13 +132,21 @@ def measure(n: int = 64) -> dict[str, Any]:
         for calls in solvers.CALLS:
             row = {"case": case.name, "budget": calls}
             rows.append({**row, "who": "sfumato", "sampler": "arc", **solvers.ours(case, "arc", calls)})
+            rows += solvers.settings(case, (calls,))
             for who, name, run in _runs():
                 ends, used = run(case, calls)
                 if used > calls:
                     raise RuntimeError(f"{who} {name} made {used} calls of {calls}")
                 rows.append({**row, "who": who, "sampler": name, **solvers.figures(case, ends, used)})
-    against = solvers.ratios(rows, solvers.CALLS)
-    return {"summary": solvers.summary(against), "ratios": against, "rows": rows}
+    against, best = solvers.ratios(rows, solvers.CALLS), solvers.ratios(rows, solvers.CALLS, solvers.SETTINGS)
+    return {
+        "summary": solvers.summary(against),
+        "best summary": solvers.summary(best),
+        "ratios": against,
+        "best ratios": best,
+        "crossing": crossing(),
+        "rows": rows,
+    }
 
 
 def main() -> None:
@@ -133,7 +158,7 @@ def main() -> None:
     found = measure(given.items)
     if given.json is not None:
         given.json.write_text(solvers.dumped(found), "utf-8")
-        found = {"summary": found["summary"]}
+        found = {k: found[k] for k in ("summary", "best summary")}
     print(json.dumps(found, indent=1))
 
 

@@ -30,7 +30,7 @@ from sfumato.guidance import cfg
 from sfumato.processes import DDPM, EDM, Flow, Table
 
 GRID = grids.get("logsnr")
-BLIND = [n for n in CONFIGURED if n.startswith("dpm-solver++") and "adaptive" not in n and "time" not in n]
+BLIND = ["arc", *(n for n in CONFIGURED if n.startswith("dpm-solver++") and "adaptive" not in n and "time" not in n)]
 EXACT_FOR_A_POINT = [n for n in CONFIGURED if getattr(make(n), "form", "") == "data"]
 
 

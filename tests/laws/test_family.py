@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sfumato import grids
 from sfumato.core import Context, InputError, sample
-from sfumato.processes import VP, MeanReverting
+from sfumato.processes import DDPM, VP, MeanReverting
+from sfumato.solvers._integral import between
 from sfumato.solvers.adams import PseudoLinearMultistep, adams_bashforth
 from sfumato.solvers.empirical import DPMSolverV3, EmpiricalStatistics
 from sfumato.solvers.exponential import HeavyBall, Multistep, weights
@@ -21,6 +22,8 @@ PLACES = {
     "lambda": lambda c, t: c.lam,
     "angle": lambda c, t: c.angle,
     "rho": lambda c, t: c.sigma / c.alpha,
+    "fraction": lambda c, t: c.sigma / (c.alpha + c.sigma),
+    "soft": lambda c, t: math.log1p(c.sigma / c.alpha),
     "time": lambda c, t: t,
 }
 
@@ -35,7 +38,8 @@ def same(a: str, b: str, law: str, steps: int = 8, grid: str = "arctan", **optio
 @three_processes
 @pytest.mark.parametrize("variable", list(PLACES))
 @pytest.mark.parametrize(
-    ("form", "eta"), [("data", 0.0), ("data", 0.6), ("noise", 0.0), ("noise", 1.0), ("v", 0.0), ("flow", 0.0)]
+    ("form", "eta"),
+    [("data", 0.0), ("data", 0.6), ("noise", 0.0), ("noise", 1.0), ("v", 0.0), ("line", 0.0), ("flow", 0.0)],
 )
 def test_weights_integrate_polynomials_exactly(form: str, eta: float, variable: str, law: str) -> None:
     """Against adaptive quadrature of the variation-of-constants integral, for every monomial below the order."""
@@ -48,23 +52,32 @@ def test_weights_integrate_polynomials_exactly(form: str, eta: float, variable: 
         t = nodes[0]
         scale, *w = weights(process, form, variable, t, s, nodes, eta)
         a, b = process.coef(t), process.coef(s)
-        radius = math.hypot(b.alpha, b.sigma)
+        radius = b.alpha + b.sigma if form == "line" else math.hypot(b.alpha, b.sigma)
         expected = {
             "data": b.sigma / a.sigma * math.exp(-eta * (b.lam - a.lam)),
             "noise": b.alpha / a.alpha, "v": radius / math.hypot(a.alpha, a.sigma), "flow": 1.0,
+            "line": radius / (a.alpha + a.sigma),
         }[form]  # fmt: skip
         assert scale == pytest.approx(expected, rel=1e-9)
         for power in range(len(nodes)):
 
             def inside(u: float, k: int = power, b: Any = b, radius: float = radius) -> float:
-                """The integrand over lambda, or over the angle, or over time."""
-                at = u if form == "flow" else process.time(-math.log(math.tan(u)) if form == "v" else u)
+                """The integrand over lambda, or over the angle, the fraction or time."""
+                lam = {"v": lambda: -math.log(math.tan(u)), "line": lambda: math.log((1 - u) / u)}.get(
+                    form, lambda: u
+                )()
+                at = u if form == "flow" else process.time(lam)
                 value = place(process.coef(at), at) ** k
                 if form == "data":
                     return b.sigma * (1 + eta) * math.exp((1 + eta) * u - eta * b.lam) * value
-                return {"noise": -b.alpha * (1 + eta) * math.exp(-u), "v": radius, "flow": 1.0}[form] * value
+                return {"noise": -b.alpha * (1 + eta) * math.exp(-u), "flow": 1.0}.get(form, radius) * value
 
-            low, high = {"flow": (t, s), "v": (a.angle, b.angle)}.get(form, (a.lam, b.lam))
+            parts = {
+                "flow": (t, s),
+                "v": (a.angle, b.angle),
+                "line": (PLACES["fraction"](a, t), PLACES["fraction"](b, s)),
+            }
+            low, high = parts.get(form, (a.lam, b.lam))
             exact = quad(inside, low, high, epsabs=1e-13, epsrel=1e-13)[0]
             ours = math.fsum(wj * place(process.coef(n), n) ** power for wj, n in zip(w, nodes, strict=True))
             assert ours == pytest.approx(exact, rel=1e-7, abs=1e-9)
@@ -76,12 +89,104 @@ def test_names_that_are_the_same_method(law: str) -> None:
     same("dpm-solver-v3(order=3)", "dpm-solver++(order=3)", law)
     same("dpm-solver++2s(order=1)", "ddim", law)
     same("dpm-solver++(order=1, form='noise')", "ddim", law)
+    same("dpm-solver++(order=1, form='line')", "ddim", law)
     same("heavy-ball(beta=1.0)", "dpm-solver++", law)
     same("dpm-solver++(order=1, eta=1.0)", "ddpm", law)
     same("ghvb(terms=4, beta=1.0)", "ipndm", law, grid="uniform")
     same("ipndm(terms=1)", "ddim", law, grid="uniform")
     same("pndm(terms=1)", "ddim", law, grid="uniform")
     same("heavy-ball(terms=1, beta=0.6, form='noise')", "ghvb(terms=1, beta=0.6)", law, steps=1, grid="uniform")
+
+
+def test_the_line_form_is_the_flow_form_of_flow_matching() -> None:
+    """Where alpha + sigma = 1 and sigma = t the line is the flow's, its fraction is time, and every order agrees."""
+    for order in (1, 2, 3, 4):
+        same(
+            f"dpm-solver++(order={order}, form='line', variable='fraction')",
+            f"dpm-solver++(order={order}, form='flow', variable='time')",
+            "flow",
+        )
+
+
+def adams_bashforth_azula(process: Any, x: Tensor, times: list[float], kind: str, order: int) -> Tensor:
+    """azula's vAB and zEAB, from their documentation: a Vandermonde system for the weights of the history."""
+    denoiser, past = mixture().denoiser(process), list[tuple[float, Tensor]]()
+    for t, s in zip(times, times[1:], strict=False):
+        a, b = process.coef(t), process.coef(s)
+        x0 = denoiser(x, t, Context.of(len(x), None)).mean
+        if kind == "vAB":
+            u, w, outer, inner = (
+                a.sigma / (a.alpha + a.sigma),
+                b.sigma / (b.alpha + b.sigma),
+                b.alpha + b.sigma,
+                a.alpha + a.sigma,
+            )
+            value = x / a.sigma - (1 + a.alpha / a.sigma) * x0
+        else:
+            u, w, outer, inner = -a.lam, -b.lam, b.alpha, a.alpha
+            value = (x - a.alpha * x0) / a.sigma
+        past = [*past, (u, value)][-order:]
+        powers = torch.arange(len(past), dtype=torch.float64)
+        system = torch.tensor([v for v, _ in past], dtype=torch.float64)[None, :] ** powers[:, None]
+        if kind == "vAB":
+            moments = [(w ** (k + 1) - u ** (k + 1)) / (k + 1) for k in range(len(past))]
+        else:  # of exp(v) v^k
+            anti = [lambda v: 1.0, lambda v: v - 1, lambda v: v * v - 2 * v + 2][: len(past)]
+            moments = [math.exp(w) * f(w) - math.exp(u) * f(u) for f in anti]
+        weights = torch.linalg.solve(system, torch.tensor(moments, dtype=torch.float64))
+        x = outer / inner * x + outer * sum(c * m for c, (_, m) in zip(weights, past, strict=True))
+    return x
+
+
+@three_processes
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "form", "variable"), [("vAB", "line", "fraction"), ("zEAB", "noise", "lambda")])
+def test_adams_bashforth_of_other_libraries(kind: str, form: str, variable: str, order: int, law: str) -> None:
+    process = PROCESSES[law]
+    times = lam_times(process, 7, 2.0, -1.5)
+    ends, x = {"start": float(times[0]), "stop": float(times[-1])}, start(mixture(), process, 8, float(times[0]))
+    ours = sample(mixture().denoiser(process), Multistep(order, form, variable), grids.fixed(times), 7, x=x, **ends)
+    theirs = adams_bashforth_azula(process, x, times.tolist(), kind, order)
+    assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-9), (ours - theirs).abs().max()
+
+
+@three_processes
+@pytest.mark.parametrize("variable", list(PLACES))
+def test_places_on_the_way_are_where_they_say(variable: str, law: str) -> None:
+    """A share of the way in a variable is that share of it, and both ends are met."""
+    process, place = PROCESSES[law], PLACES[variable]
+    t, s = process.time(-1.1), process.time(0.9)
+    low, high = (place(process.coef(u), u) for u in (t, s))
+    for share in (0.0, 0.3, 1.0):
+        u = between(process, variable, t, s, share)
+        assert place(process.coef(u), u) == pytest.approx(low + share * (high - low), rel=1e-9, abs=1e-12)
+
+
+def test_soft_is_lambda_in_noise_and_rho_in_data() -> None:
+    """Weights in log(1 + rho) are those in lambda where rho is large, and those in rho where it is small."""
+    process = VP(beta_min=1e-9, beta_max=40.0)
+    for lams, other in (((-7.5, -8.0, -8.5), "lambda"), ((8.5, 8.0, 7.5), "rho")):
+        nodes = tuple(process.time(lam) for lam in lams)
+        s = process.time(lams[0] + 0.5)
+        one, two = (weights(process, "v", v, nodes[0], s, nodes) for v in ("soft", other))
+        assert one == pytest.approx(two, rel=0.02)
+
+
+@pytest.mark.parametrize("n", [8, 10, 15, 20])
+def test_soft_does_not_take_an_error_in_noise_for_a_slope(n: int) -> None:
+    """An error of eps is one of v times 1 / alpha: what three nodes make of it on the noisy steps, over what one makes."""
+    process, found = DDPM("linear"), {}
+    times = grids.get("arc")(process, n, 1.0, 0.0).tolist()
+    for variable in ("soft", "angle"):
+        ratios = []
+        for i in (1, 2, 3):
+            nodes = tuple(times[i::-1][:3])
+            _, *w = weights(process, "v", variable, times[i], times[i + 1], nodes)
+            _, one = weights(process, "v", variable, times[i], times[i + 1], nodes[:1])
+            made = sum(abs(v) / process.coef(t).alpha for v, t in zip(w, nodes, strict=False))
+            ratios.append(made * process.coef(nodes[0]).alpha / abs(one))
+        found[variable] = max(ratios)
+    assert found["soft"] < 6 and found["angle"] > 6 * found["soft"]
 
 
 def textbook(name: str, process: Any, x: Tensor, times: list[float]) -> Tensor:
@@ -247,6 +352,7 @@ def test_adaptive_steps_follow_the_tolerance() -> None:
     "make_it",
     [
         lambda: Multistep(order=6), lambda: Multistep(form="score"), lambda: Multistep(form="v", eta=1.0),
+        lambda: Multistep(form="line", eta=1.0), lambda: make("dpm-solver++2s(form='line')"),
         lambda: Multistep(variable="sigma"), lambda: Multistep(rule="heun"), lambda: HeavyBall(beta=0.0),
         lambda: PseudoLinearMultistep(terms=6), lambda: PseudoLinearMultistep(beta=0.5), lambda: make("dpm-solver++2s(order=4)"),
         lambda: make("dpm-solver-adaptive(order=4)"), lambda: make("heun-ancestral(eta=0.0)"),
@@ -254,7 +360,7 @@ def test_adaptive_steps_follow_the_tolerance() -> None:
         lambda: DPMSolverV3(corrector="half"),
         lambda: EmpiricalStatistics(torch.tensor([1.0, 0.0]), *[torch.zeros(2)] * 3),
     ],
-    ids=range(15),
+    ids=range(17),
 )  # fmt: skip
 def test_impossible_numbers_are_refused(make_it: Any) -> None:
     with pytest.raises(InputError):

@@ -61,6 +61,41 @@ def test_ratios_and_summary_follow_from_the_rows():
         assert row["ratio"] == pytest.approx(row["median"] / peer, rel=1e-3) and row["calls"] <= row["budget"]
 
 
+def test_the_second_reading_follows_from_the_rows(samplers):
+    """Our best of the fixed settings over their best, in both files, from no more settings than theirs at any place."""
+    peers = json.loads((ROOT / "docs" / "samplers-peers.json").read_text("utf-8"))
+    for data in (DATA, peers):
+        cells = {}
+        for row in data["rows"]:
+            if "median" in row:
+                cells.setdefault((row["case"], row["budget"]), []).append(row)
+        for row in data["best ratios"]:
+            here = cells[row["case"], row["calls"]]
+            mine = [r for r in here if r["who"] == "sfumato" and r["sampler"] in DATA["settings"]]
+            theirs = [r for r in here if r["who"] != "sfumato"]
+            assert len(mine) <= len(theirs) and all(r["calls"] <= r["budget"] for r in here)
+            best = min(mine, key=lambda r: r["median"])
+            assert row["sampler"] == best["sampler"]
+            assert row["ratio"] == pytest.approx(best["median"] / min(r["median"] for r in theirs), rel=1e-3)
+        ratios = [row["ratio"] for row in data["best ratios"]]
+        assert len(ratios) == len(cells) == len(data["ratios"])
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        assert data["best summary"]["geometric mean"] == pytest.approx(mean, rel=1e-3)
+        assert data["best summary"]["above 1"] == sum(r > 1 for r in ratios)
+
+
+@pytest.mark.parametrize(
+    ("mean", "worst", "said"),
+    [
+        (0.3, 0.9, "kept"), (0.3, 2.0, "missed: the mean is kept, 3 of 40 are above 1"),
+        (0.4, 0.9, "missed: the mean is missed, 3 of 40 are above 1"),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_which_half_is_missed(samplers, mean, worst, said):
+    found = {"geometric mean": mean, "worst": worst, "above 1": 3, "of": 40}
+    assert samplers.verdict(found, {"geometric mean": 0.35, "worst": 1.0}) == said
+
+
 def test_a_row_can_be_measured_again(monkeypatch):
     """The reference ends of a Gaussian are its exact transport, and DDIM on it gives the kept figure."""
     monkeypatch.syspath_prepend(str(ROOT))
@@ -76,6 +111,11 @@ def test_a_row_can_be_measured_again(monkeypatch):
             r for r in DATA["rows"] if (r["case"], r["sampler"], r["budget"]) == (case.name, "ddim", 10)
         )  # fmt: skip
         assert solvers.ours(case, "ddim", 10)["median"] == pytest.approx(kept["median"], rel=0.02)
+        for row in solvers.settings(case, (10,)):
+            kept = next(
+                r for r in DATA["rows"] if (r["case"], r["sampler"], r["budget"]) == (case.name, row["sampler"], 10)
+            )
+            assert row["median"] == pytest.approx(kept["median"], rel=0.02)
     finally:
         for name in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
             del sys.modules[name]

@@ -162,3 +162,13 @@ def test_a_start_cleaner_than_the_grid_reaches_says_what_to_do() -> None:
     with pytest.raises(InputError, match="start = 0.2 is cleaner already than the grid's lam_max: raise it"):
         grids.get("logsnr")(EDM(), 5, 0.2, 0.0)
     falls(grids.get("logsnr", lam_max=9.0)(EDM(), 5, 0.2, 0.0), 5, 0.2, 0.0)
+
+
+@pytest.mark.parametrize("n", [2, 5, 10, 20])
+def test_arc_leaves_a_last_step_that_shrinks_with_the_number_of_steps(n: int) -> None:
+    """The last step begins at lambda = 1.7 log n - 0.3, and the others are equal in arctan((lambda - 0.6) / 2.1)."""
+    process = VP()
+    lams = [process.coef(t).lam for t in grids.get("arc")(process, n, 1.0, 0.0).tolist()]
+    assert lams[-2] == pytest.approx(1.7 * math.log(n) - 0.3)
+    gaps = steps_in([math.atan((lam - 0.6) / 2.1) for lam in lams[:-1]])
+    assert gaps == pytest.approx([gaps[0]] * (n - 1), rel=1e-3)

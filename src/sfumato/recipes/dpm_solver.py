@@ -43,6 +43,7 @@ def speedup(bed: Bed, calls: int, grid: str) -> float:
 
 
 def picture(bed: Bed, adaptive: list[tuple[float, float]], net: Bed, shown: dict[str, tuple[str, int, float]]) -> Any:
+    """Errors of the orders over the evaluations, and digits of both solvers."""
     with plots.style():
         made = plots.figure(12, 5.2)
         left, right = made.subfigures(1, 2, width_ratios=(1.25, 1))
@@ -75,6 +76,7 @@ def picture(bed: Bed, adaptive: list[tuple[float, float]], net: Bed, shown: dict
     citation=CITATION,
 )
 def dpm_solver(seed: int) -> Findings:
+    """Measured orders, evaluations for the same error, and samples, beside DDIM."""
     bed, few = exact(seed, 1, fine=200), exact(seed, 2, 48, fine=200)
     checks = [
         Check(f"order of {name}", slope(doublings(bed, name)), None, f"abs(ours - {k}) <= 0.4")
@@ -116,7 +118,9 @@ def dpm_solver(seed: int) -> Findings:
         notes="Orders are slopes of the median error over three doublings of the calls from the first of 12, 24, ... below 0.05; "
         f"from 96 to 192 calls DPM-Solver-3 falls with order {slope(third):.2f}. Against "
         f"DDIM on uniform t the speed-ups are {speedup(bed, 20, 'uniform'):.1f} at 20 calls and {speedup(bed, 50, 'uniform'):.1f} at 50 "
-        "(at most 38 and 15 can be seen). Where order 3 is missed from above, few steps are not yet asymptotic; where the network does not "
-        "tell DDIM's 15 calls from its 100, the comparison of distances is inconclusive.",
+        "(at most 38 and 15 can be seen). Where order 3 is missed from above, few steps are not yet asymptotic: steps are 1.2 to 0.15 wide in "
+        "lambda, and doubling by doubling the slope is 2.7, 3.8, 3.9, 3.0, 3.0 (seed 100), with a reference that changes by 1e-8 with twice its "
+        "steps. Where the network does not tell DDIM's 15 calls from its 100, the comparison of distances is inconclusive: not for want of "
+        "starts, since with 3,000 (seed 100) they are 0.221 and 0.193, fast 0.179.",
         picture=picture(bed, adaptive, net, {name: (*pair, fd[name]) for name, pair in shown.items()}),
     )

@@ -122,6 +122,7 @@ def picture(found: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> Any:
     citation=CITATION,
 )
 def fokker_planck(seed: int) -> Findings:
+    """Flow and reverse equation of a learned log density, with and without the penalty on its residual."""
     names = ("rings", "blobs", "checkerboard", "digits in 2-D")
     found = {name: (compared(name, 0.0, seed), compared(name, WEIGHT, seed)) for name in names}
     closed = sum(ours["gap"].distance < 0.7 * plain["gap"].distance for plain, ours in found.values())

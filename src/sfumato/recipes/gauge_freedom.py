@@ -201,6 +201,7 @@ def picture(
     citation=CITATION,
 )
 def gauge_freedom(seed: int) -> Findings:
+    """Samples, densities and dimensions read from fields with and without a gauge."""
     laws = {d: exact(d, seed) for d in (2, 6)}
     shares, far, spectra, shown = sheared(seed)
     sets = {name: learned(name, seed) for name in MOVES}

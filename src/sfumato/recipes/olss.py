@@ -51,6 +51,7 @@ def curves(fitting: Target, unseen: Target, counts: tuple[int, ...]) -> dict[str
 
 
 def picture(beds: dict[str, dict[str, list[float]]], counts: tuple[int, ...], sheets: dict[str, Any]) -> Any:
+    """Errors over the steps on both beds, and digits from the same noise."""
     with plots.style():
         made = plots.figure(11, 5.3)
         top, bottom = made.subfigures(2, 1, height_ratios=(2.3, 1), hspace=0.06)
@@ -99,6 +100,7 @@ def olss(seed: int) -> Findings:
 
 
 def measured(seed: int) -> Findings:
+    """Fitted coefficients on a searched path beside fixed solvers on unseen noise."""
     beds = {
         "exact digits": (exact(seed, 1, 48, **TEACHER), exact(seed, 2, 512, **TEACHER)),
         "bundled network, guidance 1.5": (network(seed, 3, 24, 1.5, **TEACHER), network(seed, 4, 48, 1.5, **TEACHER)),

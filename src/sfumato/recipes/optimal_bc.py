@@ -143,6 +143,7 @@ def picture(known: Tensor, fresh: Tensor, best: int, levels: dict[str, float], r
     citation=CITATION,
 )
 def optimal_bc(seed: int) -> Findings:
+    """Start noises chosen on references, on unseen images beside random starts."""
     task = prepared(seed)
     found, search = optimal_boundary(
         task.denoiser, *task.references, task.metric, n=CANDIDATES, seed=mix(seed, 2), **task.how

@@ -6,11 +6,14 @@ through its known values. The reading (``form``) says which part is linear:
 data   x / sigma moves by the integral of x0 d(alpha / sigma)
 noise  x / alpha moves by the integral of eps d(sigma / alpha)
 v      x / r turns by the integral of v d(angle), with r = hypot(alpha, sigma) and angle = atan2(sigma, alpha)
+line   x / r moves by the integral of (eps - x0) d(fraction), with r = alpha + sigma and fraction = sigma / (alpha + sigma)
 flow   x moves by the integral of (dalpha/dt x0 + dsigma/dt eps) dt: Adams' methods, nothing is solved exactly
 
-The polynomial's ``variable`` is lambda = log(alpha / sigma), the angle, rho = sigma / alpha or time. 'arc' is the angle, but
-from lambda = FLOOR on no polynomial goes through a node before it: where alpha is small, what a network says of x0 carries
-its error times sigma / alpha, and the angle, in which such nodes are close, would take that for a slope.
+The polynomial's ``variable`` is lambda = log(alpha / sigma), the angle, the fraction, rho = sigma / alpha, time or one of
+
+soft   log(1 + rho): -lambda where noise rules, rho where data does. Finite at clean data like the angle; and where alpha is
+       small, a network's error of x0 is multiplied by rho, which is no slope because there, as in lambda, nodes lie apart
+arc    the angle, but from lambda = FLOOR on no polynomial goes through a node before it, for the same reason
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from sfumato.core import InputError, Posterior
 
 FORMS = ("data", "noise", "v", "flow")
 VARIABLES = ("lambda", "angle", "arc", "rho", "time")
+# FORMS and VARIABLES are what searches for a solver choose from; these have more, for solvers that are asked for by name
+EVERY_FORM = (*FORMS, "line")
+EVERY_VARIABLE = (*VARIABLES, "fraction", "soft")
 FLOOR = -3.5
 RULES = ("exact", "midpoint", "released")
 
@@ -60,8 +66,17 @@ def _place(process: Any, variable: str, lam: float) -> float:
             return math.pi / 2 if lam == -math.inf else math.atan(math.exp(-lam))
         case "rho":
             return math.inf if lam == -math.inf else math.exp(-lam)
+        case "fraction":
+            return _fraction(lam)
+        case "soft":
+            return math.log1p(math.exp(-lam)) if lam > 0 else math.log1p(math.exp(lam)) - lam
         case _:
             return float(process.time(lam))
+
+
+def _fraction(lam: float) -> float:
+    """sigma / (alpha + sigma) where log(alpha / sigma) = lam."""
+    return 1 / (1 + math.exp(lam)) if lam < 0 else math.exp(-lam) / (1 + math.exp(-lam))
 
 
 def _at(process: Any, variable: str, t: float) -> float:
@@ -77,6 +92,8 @@ def reading(post: Posterior, form: str) -> Any:
             return post.view("eps")
         case "flow":
             return post.view("flow")
+        case "line":
+            return post.at(-1.0, 1.0)
         case _:
             c = post.coef
             r = (c.alpha**2 + c.sigma**2) ** 0.5
@@ -169,6 +186,9 @@ def _ends(form: str, a: Any, b: Any, t: float, s: float, eta: float) -> tuple[fl
     if form == "v":
         outer = math.hypot(b.alpha, b.sigma)
         return outer / math.hypot(a.alpha, a.sigma), outer * (b.angle - a.angle)
+    if form == "line":
+        outer, start = b.alpha + b.sigma, a.alpha + a.sigma
+        return outer / start, outer * (b.sigma / outer - a.sigma / start)
     return 1.0, s - t
 
 
@@ -181,6 +201,10 @@ def _points(
     if form == "v":
         lams = [(-math.log(math.tan(u)), w) for u, w in _between(a.angle, b.angle)]
         return [(_place(process, variable, lam), w * total / (b.angle - a.angle)) for lam, w in lams]
+    if form == "line":
+        low, high = _fraction(a.lam), _fraction(b.lam)
+        found = [(math.log1p(-u) - math.log(u), w / (high - low)) for u, w in _between(low, high)]
+        return [(_place(process, variable, lam), w * total) for lam, w in found]
     rate = 1 + eta if form == "data" else -1.0
     if (b.sigma if form == "data" else b.alpha) == 0:
         return [(_place(process, variable, b.lam), total)]
@@ -217,8 +241,12 @@ def between(process: Any, variable: str, t: float, s: float, share: float) -> fl
             return place
         case "lambda":
             lam = place
+        case "fraction":
+            lam = math.log1p(-place) - math.log(place)
         case "rho":
             lam = -math.log(place)
+        case "soft":
+            lam = -math.log(math.expm1(place))
         case _:
             lam = -math.log(math.tan(place))
     return float(process.time(lam))

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from sfumato.core import Context, Denoiser, InputError, Solver, Step, Times, linear
-from sfumato.solvers._integral import FORMS, RULES, VARIABLES, divides_by_zero, noise_std, reading, weights
+from sfumato.solvers._integral import EVERY_FORM, EVERY_VARIABLE, RULES, divides_by_zero, noise_std, reading, weights
 from sfumato.solvers._registry import register
 
 __all__ = ["HeavyBall", "Multistep", "ReleasedThirdOrder", "weights"]
@@ -25,8 +25,8 @@ History: TypeAlias = "Sequence[tuple[Times, Any]]"
 class Multistep(Solver):
     """A multistep exponential integrator: one call a step.
 
-    form       'data' | 'noise' | 'v' | 'flow': which reading of the belief is held polynomial
-    variable   'lambda' | 'angle' | 'rho' | 'time': in what
+    form       'data' | 'noise' | 'v' | 'line' | 'flow': which reading of the belief is held polynomial
+    variable   'lambda' | 'angle' | 'soft' | 'fraction' | 'rho' | 'time': in what, see ``sfumato.solvers._integral``
     order      1 is DDIM; order 2 and 3 in ('data', 'lambda') are DPM-Solver++ 2M and 3M with exact weights
     corrector  mend each state with the belief that was read there (one more order, no more calls); the last is not mended
     eta        the share of the reverse SDE's noise: 0 is the flow, 1 the SDE, and eta = tau^2 for SA-Solver's tau
@@ -38,7 +38,8 @@ class Multistep(Solver):
     eta > 0) where the form would divide by 0: 'data' when it leaves sigma = 0 (inversion), 'noise' when it leaves
     alpha = 0. Registered: "dpm-solver++" (2M; ``rule='midpoint'`` is the released one), "dpm-solver++sde" (2M SDE),
     "deis" (tAB; ``variable='rho'`` is rhoAB), "unipc" (bh2), "sa-solver" (predictor and corrector of order 3). Adams-
-    Bashforth is form 'flow', variable 'time'.
+    Bashforth is form 'flow', variable 'time', and along a straight line to the data under any schedule form 'line', variable
+    'fraction'; its exponential kind in eps is form 'noise', variable 'lambda'.
     Source: Lu, Zhou, Bao, Chen, Li, Zhu, 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
     Models"; Zhang & Chen, 2023, "Fast Sampling of Diffusion Models with Exponential Integrator"; Zhao, Bai, Rao, Zhou, Lu,
     2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models"; Xue, Yi, Luo, Zhang, Sun,
@@ -58,11 +59,11 @@ class Multistep(Solver):
         if not 1 <= self.order <= 5 or self.last < 1 or self.eta < 0:
             raise InputError(f"order = {self.order}, last = {self.last}, eta = {self.eta}: 1 to 5, >= 1, >= 0")
         for name, value, known in (
-            ("form", self.form, FORMS), ("variable", self.variable, VARIABLES), ("rule", self.rule, RULES),
+            ("form", self.form, EVERY_FORM), ("variable", self.variable, EVERY_VARIABLE), ("rule", self.rule, RULES),
         ):  # fmt: skip
             if value not in known:
                 raise InputError(f"{name} = {value!r}: one of {', '.join(known)}")
-        if self.eta and self.form in ("v", "flow"):
+        if self.eta and self.form in ("v", "flow", "line"):
             raise InputError(f"the {self.form!r} form is for the flow only: use form 'data' or 'noise' with eta > 0")
 
     @property

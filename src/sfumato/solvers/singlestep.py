@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from sfumato.core import Context, Denoiser, InputError, Solver, Step, Times, linear
-from sfumato.solvers._integral import VARIABLES, between, divides_by_zero, noise_std, reading, weights
+from sfumato.solvers._integral import EVERY_VARIABLE, between, divides_by_zero, noise_std, reading, weights
 from sfumato.solvers._registry import register
 
 
@@ -28,7 +28,7 @@ class Singlestep(Solver):
              its exact weight (order 2 in 'data' form: RES, the exponential Runge-Kutta method ETD-RK2)
     eta      the share of the reverse SDE's noise: "dpm-solver++2s-sde" is k-diffusion's DPM++ SDE, its inner and outer
              noise taken from one Brownian path
-    order 1 is DDIM. A step whose variable is infinite at an end (lambda at sigma = 0 or alpha = 0) is the kernel's own, of
+    order 1 is DDIM. A step whose variable is infinite at an end (lambda at sigma = 0 or alpha = 0; soft at alpha = 0) is the kernel's own, of
     one call: DDIM, or DDPM where eta > 0.
     Source: Lu, Zhou, Bao, Chen, Li, Zhu, 2022, "DPM-Solver" and "DPM-Solver++"; Zhang et al., 2023, "Improved Order Analysis
     and Design of Exponential Integrator for Diffusion Models Sampling" (RES).
@@ -45,8 +45,8 @@ class Singlestep(Solver):
             raise InputError(f"order = {self.order}, eta = {self.eta}: order is 1, 2 or 3 and eta not negative")
         if self.form not in ("data", "noise") or self.rule not in ("released", "exact"):
             raise InputError(f"form {self.form!r} is 'data' or 'noise', rule {self.rule!r} 'released' or 'exact'")
-        if self.variable not in VARIABLES:
-            raise InputError(f"variable = {self.variable!r}: one of {', '.join(VARIABLES)}")
+        if self.variable not in EVERY_VARIABLE:
+            raise InputError(f"variable = {self.variable!r}: one of {', '.join(EVERY_VARIABLE)}")
 
     @property
     def nfe(self) -> float:  # type: ignore[override]
@@ -90,7 +90,12 @@ class Singlestep(Solver):
         if not (isinstance(t, float) and isinstance(s, float)):
             return False
         infinite = math.isinf(a.lam) or math.isinf(b.lam)
-        return divides_by_zero(self.form, a) or (infinite and (self.variable in ("lambda", "rho") or self.eta > 0))
+        noisy = self.variable == "soft" and -math.inf in (a.lam, b.lam)
+        return (
+            divides_by_zero(self.form, a)
+            or noisy
+            or (infinite and (self.variable in ("lambda", "rho") or self.eta > 0))
+        )
 
 
 @lru_cache
