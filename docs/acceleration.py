@@ -33,11 +33,11 @@ def arms(d: Mapping[str, Any]) -> str:
 
 def front(rows: list[Mapping[str, Any]]) -> str:
     """The rows of the comparison, fastest first, the front in bold."""
-    lines = ["| | calls | ms an image | quality |", "|---|---|---|---|"]
+    lines = ["| | calls | rows | ms an image | quality |", "|---|---|---|---|---|"]
     for r in sorted((r for r in rows if "quality" in r), key=lambda r: r["seconds"]):
         q, mark = r["quality"], "**" if r["front"] in ("seconds", "both") else ""
         lines.append(
-            f"| {mark}{r['solver']}{mark} | {r['calls']:g} | {1000 * r['seconds']:.0f} | {q['value']:.4f} [{q['low']:.4f}, {q['high']:.4f}] |"
+            f"| {mark}{r['solver']}{mark} | {r['calls']:g} | {r['rows']:g} | {1000 * r['seconds']:.0f} | {q['value']:.4f} [{q['low']:.4f}, {q['high']:.4f}] |"
         )
     return "\n".join(lines)
 
@@ -109,7 +109,7 @@ the model's fingerprint and all settings, so that the next opening reads them; c
 {compared}
 ```
 
-The {quality}, against real seconds; in bold what nothing beats in both. Calls are counted with guidance, which asks twice.
+The {quality}, against real seconds; in bold what nothing beats in both. Under guidance the network evaluates two rows for a call.
 
 {front}
 """
