@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +66,6 @@ class Pipeline:
         if isinstance(chosen, str):
             chosen = guidances.get(chosen, load=lambda name: load(name).denoiser)
         if isinstance(chosen, (int, float)):
-            if not math.isfinite(chosen):
-                raise InputError(f"guidance = {chosen}: a finite scale, or a spec such as 'apg(scale=4)'")
             return cfg(float(chosen))(self.denoiser) if chosen != 1 else self.denoiser
         guided = chosen(self.denoiser)
         codec = getattr(self.codec, "codec_name", type(self.codec).__name__)

@@ -34,6 +34,7 @@ from .conftest import environment
         (["sample", "--replay", "nothing.png"], "no picture"),
         (["sample", "noto", "-m", "styled", "--guidance", "nan"], "a finite scale"),
         (["sample", "noto", "-m", "styled", "--guidance", "-inf"], "a finite scale"),
+        (["sample", "noto", "-m", "styled", "--guidance", "nan", "--out", "shards/"], "a finite scale"),
         (["edit", "nothing.png", "--prompt", "x"], "'nothing.png' does not exist"),
         (["edit", ".", "--prompt", "x"], "'.' is a directory"),
         (["invert", "."], "'.' is a directory"),

@@ -246,7 +246,7 @@ def test_impossible_numbers_are_refused(numbers: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
 def test_a_scale_that_is_no_number_is_refused(scale: float) -> None:
-    with pytest.raises(InputError, match="a finite number"):
+    with pytest.raises(InputError, match="a finite scale"):
         cfg(scale)(parametrized(lambda x, label: x, Flow(), "flow"))
 
 

@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -232,13 +231,8 @@ def named_values(given: Iterable[str]) -> dict[str, str]:
 
 
 def scale_or_spec(guidance: str | None) -> float | str | None:
-    """A scale as a number; anything else is the spec of a guidance. InputError for a number that is none."""
-    from sfumato.core.errors import InputError
-
+    """A scale as a number; anything else is the spec of a guidance."""
     try:
-        scale = None if guidance is None else float(guidance)
+        return None if guidance is None else float(guidance)
     except ValueError:
         return guidance
-    if scale is not None and not math.isfinite(scale):
-        raise InputError(f"--guidance {guidance}: a finite scale, such as 3, or a spec such as 'apg(scale=4)'")
-    return scale

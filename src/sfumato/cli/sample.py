@@ -262,9 +262,9 @@ def _shards(
     folder(out)
     count = n * max(1, len(prompts or ()))
     card = described(model, prompts, n, options, seed, cond) | dict(extra)
-    sfumato.load(model).conditions(
-        len(prompts or ()) or 1, list(prompts or ()) or None, **cond
-    )  # refused before it begins
+    pipeline = sfumato.load(model)  # what cannot be drawn is refused before it begins
+    pipeline.conditions(len(prompts or ()) or 1, list(prompts or ()) or None, **cond)
+    pipeline.guided(options.get("guidance"))
     launched(make, processes, str(out), card, count)
     record = {**card, "out": str(out), "count": count}
     return Answer(record, f"{out}: {count} pictures of {model} in shards (sfumato.training.data.Shards reads them)")

@@ -31,7 +31,7 @@ class ClassifierFree(Wrapper):
         super().__init__(inner)
         check_interval(interval)
         if not isinstance(scale, Tensor) and not math.isfinite(scale):
-            raise InputError(f"scale = {scale}: a finite number")
+            raise InputError(f"scale = {scale}: guidance takes a finite scale")
         if not 0 <= rescale <= 1:
             raise InputError(f"rescale = {rescale}: between 0 (off) and 1")
         self.scale, self.interval, self.rescale, self.batched = scale, interval, rescale, batched
