@@ -85,21 +85,34 @@ def test_the_hash_is_frozen() -> None:
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 2000))
 def test_items_of_one_draw_never_share_a_generator(key: int, low: int) -> None:
-    values = _scattered([(key, i) for i in range(low, low + 1000)], 0, 0)
+    values = _scattered([(key, range(low, low + 1000))], 0, 0)
     assert len(set(values)) == 1000 and all(0 <= v < 2**32 for v in values)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1)), max_size=6), st.integers(0, 9))
-def test_a_generator_seed_is_one_finalised_word(seeds: list[tuple[int, int]], step: int) -> None:
-    """The murmur3 finaliser of index and key: every result of every seed depends on these numbers too."""
+@given(st.lists(st.tuples(st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**32 - 1), max_size=3)), max_size=3))
+def test_a_generator_seed_is_one_finalised_word(runs: list[tuple[int, list[int]]]) -> None:
+    """The murmur3 finaliser of index and key, in arrays too: every result of every seed depends on these numbers."""
     want = []
-    for seed, index in seeds:
-        key = mix(seed, step, 1)
-        z = (index ^ key) % 2**32
-        z = (z ^ z >> 16) * 0x85EBCA6B % 2**32
-        z = (z ^ z >> 13) * 0xC2B2AE35 % 2**32
-        want.append((z ^ z >> 16 ^ key >> 31) % 2**32)
-    assert _scattered(seeds, step, 1) == want
+    for seed, indices in runs:
+        key = mix(seed, 5, 1)
+        for index in indices:
+            z = (index ^ key) % 2**32
+            z = (z ^ z >> 16) * 0x85EBCA6B % 2**32
+            z = (z ^ z >> 13) * 0xC2B2AE35 % 2**32
+            want.append((z ^ z >> 16 ^ key >> 31) % 2**32)
+    assert _scattered(runs, 5, 1) == want
+    assert _scattered([(seed, np.array(i, dtype=np.uint64)) for seed, i in runs], 5, 1) == want
+
+
+def test_many_items_draw_what_few_draw() -> None:
+    """Whatever the streams beside them, and in whichever order: one seed, several, and parts of both."""
+    seeds = [0] * 40 + [7] * 3 + [0] * 33
+    streams = Streams.of(seeds, len(seeds))
+    parts = [draw(streams.select([i]), 3) for i in range(len(seeds))]
+    assert torch.equal(draw(streams, 3), torch.cat(parts))
+    whole = Streams.of(4, 100)
+    order = [*range(99, 40, -1), 2, 2, *range(20)]
+    assert torch.equal(draw(whole.select(order), 3), draw(whole, 3)[order])
 
 
 def test_noise_is_standard_normal_and_uncorrelated() -> None:

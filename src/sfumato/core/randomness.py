@@ -5,14 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.core.errors import InputError
 
 _M32, _M64, _GOLDEN = (1 << 32) - 1, (1 << 64) - 1, 0x9E3779B97F4A7C15
+_MANY = 32  # indices from which an array is faster than a loop
 
 
 def mix(*keys: int) -> int:
@@ -26,18 +30,25 @@ def mix(*keys: int) -> int:
     return z >> 1
 
 
-def _scattered(seeds: Sequence[tuple[int, int]], step: int, k: int) -> list[int]:
+def _scattered(runs: Sequence[tuple[int, Any]], step: int, k: int) -> list[int]:
     """A generator seed an item: its index through a bijection of 32-bit integers that (seed, step, k) chooses, so that
     items of one draw never share one."""
-    last, low, high, mask, found = None, 0, 0, _M32, []
-    for seed, z in seeds:
-        if seed != last:
-            last, key = seed, mix(seed, step, k)
-            low, high = key & mask ^ (key & mask) >> 16, key >> 31 & mask
-        z = ((z ^ z >> 16 ^ low) * 0x85EBCA6B) & mask
-        z = ((z ^ z >> 13) * 0xC2B2AE35) & mask
-        found.append(z ^ z >> 16 ^ high)
+    found: list[int] = []
+    for seed, indices in runs:
+        key = mix(seed, step, k)
+        low, high = key & _M32 ^ (key & _M32) >> 16, key >> 31 & _M32
+        if isinstance(indices, np.ndarray):
+            found += _bijection(indices, low, high).tolist()
+        else:
+            found += [_bijection(z, low, high) for z in indices]
     return found
+
+
+def _bijection(z: Any, low: int, high: int) -> Any:
+    """An integer, or an array of them."""
+    z = ((z ^ z >> 16 ^ low) * 0x85EBCA6B) & _M32
+    z = ((z ^ z >> 13) * 0xC2B2AE35) & _M32
+    return z ^ z >> 16 ^ high
 
 
 @dataclass
@@ -53,6 +64,12 @@ class Streams:
     step: int = 0
     k: int = 0
     _generator: torch.Generator = field(default_factory=torch.Generator, repr=False, compare=False)
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, Any]]:
+        """(key, its items' indices in order), as an array where there are many."""
+        runs = ((key, [i for _, i in items]) for key, items in groupby(self.seeds, operator.itemgetter(0)))
+        return [(key, np.array(i, dtype=np.uint64) if len(i) >= _MANY else i) for key, i in runs]
 
     @staticmethod
     def of(seed: Any, n: int) -> Streams:
@@ -98,7 +115,7 @@ class Streams:
             )
         out = torch.empty(like.shape, dtype=dtype)
         seeded, fill = self._generator.manual_seed, getattr(torch.Tensor, how)
-        items = zip(out.unbind(0), _scattered(self.seeds, self.step, self.k), strict=True)
+        items = zip(out.unbind(0), _scattered(self._runs, self.step, self.k), strict=True)
         with torch.inference_mode():  # a cheaper call; ``out`` stays an ordinary tensor
             for row, seed in items:
                 fill(row, generator=seeded(seed))
