@@ -4,8 +4,8 @@ Error is the distance of an item to the end of its probability flow (:mod:`bench
 95 % interval and its rms; also sliced Wasserstein distance to those ends, and of every solver the microseconds a step costs
 outside the network (:mod:`benchmarks.step_cost`) and the memory a run needs. Nothing is tuned, and two ratios are taken over
 whichever peer is best at that case and number of calls: of ``arc`` on its own grid, one setting against all of theirs, and of
-the best of :data:`SETTINGS`, no more settings than theirs. k-diffusion and azula need torchvision and so an
-environment of their own: ``benchmarks/solvers_k_diffusion.py``.
+the best of :data:`SETTINGS`, no more settings than theirs. k-diffusion and azula need torchvision and so an environment of
+their own, where all three are run: ``benchmarks/solvers_k_diffusion.py``.
 
     python -m benchmarks.solvers [--quick] [--tuned] [--json docs/samplers.json]
 """
@@ -18,8 +18,9 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from benchmarks.solvers_cases import EXACT, SEED, TRAINED, Case, exact, trained
 from sfumato.core import mix
 from sfumato.evaluation.metrics import sliced_wasserstein
 
+Sampler = tuple[str, str]  # who, and its name there
 OURS = ("arc", "dpm-solver++", "dpm-solver++(order=3)", "unipc", "deis", "ddim", "pndm", "dpm-solver++2s", "heun")
 BEST, CALLS, TUNED = "arc", (5, 8, 10, 15, 20), (5, 8, 10)
 FORMULA = "dpm-solver++(order={}, form='{}', variable='{}', corrector=True{})"
@@ -85,6 +87,11 @@ def rows(case: Case, calls: Sequence[int]) -> Iterator[dict[str, Any]]:
         for n in calls:
             yield {"case": case.name, "who": "sfumato", "sampler": spec, "budget": n, **ours(case, spec, n)}
     yield from settings(case, calls)
+    yield from rivals(case, calls)
+
+
+def rivals(case: Case, calls: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """One row for each of diffusers' schedulers and budget."""
     for name in peers.names(case):
         for n in calls:
             ends, used = peers.run(name, case, n)
@@ -164,17 +171,18 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def costs(rounds: int = 7) -> list[dict[str, Any]]:
-    """Microseconds a step outside the network and peak kilobytes of a run, on a (4, 3, 32, 32) tensor."""
+def costs(rounds: int = 7, more: Mapping[Sampler, Callable[[], float]] = MappingProxyType({})) -> list[dict[str, Any]]:
+    """Microseconds a step outside the network and peak kilobytes of a run, on a (4, 3, 32, 32) tensor; of ``more`` too."""
     import diffusers
 
-    runs: dict[tuple[str, str], Callable[[], float]] = {}
+    runs: dict[Sampler, Callable[[], float]] = {}
     for spec in OURS:
         runs["sfumato", spec] = step_cost.ours(spec)
     for name, kind in COSTS.items():
         options = {"clip_sample": False} if kind == "DDIMScheduler" else {}
         runs["diffusers", name] = step_cost._peer(getattr(diffusers, kind)(**options))
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    runs |= more
+    times: dict[Sampler, list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, run in runs.items():
             times[key].append(run())

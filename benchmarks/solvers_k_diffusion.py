@@ -1,4 +1,4 @@
-"""``arc``, and the best of our settings, against k-diffusion and azula on the cases of :mod:`benchmarks.solvers_cases`.
+"""``arc``, and the best of our settings, against diffusers, k-diffusion and azula on the cases of :mod:`benchmarks.solvers_cases`.
 
 k-diffusion needs torchvision, which this project does not, so this has an environment of its own:
 
@@ -6,7 +6,7 @@ k-diffusion needs torchvision, which this project does not, so this has an envir
     .venv-peers/bin/pip install -e '.[bench,science,text]' k-diffusion azula
     .venv-peers/bin/python -m benchmarks.solvers_k_diffusion [--quick] [--json FILE]
 
-Both are run on Karras' spacing, on equal steps in lambda and on equal steps in the time of the model's own process, with a
+The last two are run on Karras' spacing, on equal steps in lambda and on equal steps in the time of the model's own process, with a
 last step or a last reading of x0 at the cleanest level, within the same number of calls. The levels go from the noisiest that
 has one (pure noise of a flow has none, so its state at t = 0.999 is handed over, as it is to diffusers) to sigma / alpha = 0.01.
 """
@@ -17,6 +17,7 @@ import argparse
 import importlib
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import sfumato as sf
-from benchmarks import solvers
+from benchmarks import solvers, step_cost
 from benchmarks.solvers_cases import TABLE, Case
 from sfumato.denoisers.oracles import Gaussian
 
@@ -152,6 +153,37 @@ def _runs() -> Iterator[tuple[str, str, Callable[[Case, int], tuple[Tensor, int]
                 yield "azula", label, lambda c, n, a=(name, order, spacing): azula(c, *a, n)  # type: ignore[misc]
 
 
+def stepping() -> dict[solvers.Sampler, Callable[[], float]]:
+    """Microseconds a step of theirs as :mod:`benchmarks.step_cost` measures ours: the network returns its input."""
+    sampling, sample = (importlib.import_module(name) for name in ("k_diffusion.sampling", "azula.sample"))
+    noise, posterior = importlib.import_module("azula.noise"), importlib.import_module("azula.denoise").DiracPosterior
+    x, sigmas = torch.randn(step_cost.SHAPE), sampling.get_sigmas_karras(step_cost.STEPS, 0.01, 100.0)
+
+    class Denoiser(nn.Module):
+        schedule = noise.VPSchedule()
+
+        def forward(self, x: Tensor, t: Tensor) -> Any:
+            return posterior(x)
+
+    def timed(run: Callable[[], Any]) -> Callable[[], float]:
+        def once() -> float:
+            start = time.process_time()
+            run()
+            return (time.process_time() - start) / step_cost.STEPS * 1e6
+
+        return once
+
+    runs: dict[solvers.Sampler, Callable[[], float]] = {}
+    for name in ("euler", "heun", "dpmpp_2m"):
+        one = torch.no_grad()(getattr(sampling, f"sample_{name}"))
+        runs["k-diffusion", name] = timed(lambda one=one: one(lambda x, sigma: x, x, sigmas, disable=True))  # type: ignore[misc]
+    for name, options in (("DDIM", {}), ("Heun", {}), ("xEAB", {"order": 2}), ("zEAB", {"order": 3})):
+        kind = getattr(sample, f"{name}Sampler")
+        made = kind(Denoiser(), steps=step_cost.STEPS, silent=True, **options)
+        runs["azula", f"{name}{options.get('order', '')}"] = timed(lambda made=made: made(x))  # type: ignore[misc]
+    return runs
+
+
 def crossing(calls: int = 8) -> list[dict[str, float]]:
     """End minus exact end of x = 1 on N(0, std^2), by std, of azula's vAB3 and of ``arc``: where an error changes its sign."""
     rows, begin = [], TABLE.coef(1.0)
@@ -168,7 +200,7 @@ def crossing(calls: int = 8) -> list[dict[str, float]]:
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """Ratios of ``arc``, and of the best of our settings, over the best of both libraries, and every figure."""
+    """Ratios of ``arc``, and of the best of our settings, over the best of the three libraries, and every figure."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     rows, about = [], []
@@ -177,7 +209,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
         for calls in solvers.CALLS:
             row = {"case": case.name, "budget": calls}
             rows.append({**row, "who": "sfumato", "sampler": "arc", **solvers.ours(case, "arc", calls)})
-            rows += solvers.settings(case, (calls,))
+            rows += [*solvers.settings(case, (calls,)), *solvers.rivals(case, (calls,))]
             for who, name, run in _runs():
                 ends, used = run(case, calls)
                 if used > calls:
@@ -191,6 +223,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
         "ratios": against,
         "best ratios": best,
         "crossing": crossing(),
+        "costs": solvers.costs(3 if quick else 7, stepping()),
         "rows": rows,
     }
 

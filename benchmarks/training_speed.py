@@ -3,21 +3,22 @@
 The peer is the loop of the diffusers examples (accelerate, DataLoader, mse, clipping, AdamW, learning-rate schedule,
 EMAModel, the loss read every step). ``transformer`` (a DiT of diffusers), ``diffusers`` and ``sfumato`` (U-Nets of
 diffusers and of ours) are unconditional and on pixels, both loops training an epsilon network on the linear schedule of
-1000 steps. ``text-to-image`` is the transformer of ``emoji-latent`` on 64-pixel
-drawings with their captions by flow matching: the peer decodes and encodes the pictures and the captions of each batch, as the
-example of diffusers for text-to-image does; ours reads codes and caption features that were encoded once, as ``emoji-latent`` was
-trained, and what that costs is printed beside. Each loop runs in a process of its own; rounds are interleaved, one process
+1000 steps. ``text-to-image`` is the transformer of ``emoji-latent`` on 64-pixel drawings with their captions by flow matching,
+``text-to-pixels`` the U-Net of ``emoji-pixel`` on 32-pixel ones by v-prediction: the peer decodes and encodes the pictures (of the
+first) and the captions of each batch, as the example of diffusers for text-to-image does; ours reads codes and caption features
+that were encoded once, as those models were trained, and what that costs is printed beside. Each loop runs in a process of its own; rounds are interleaved, one process
 at a time, and the figure is the median over rounds of CPU time, which other programs hardly change (with --threads 2, of
 the clock: run it alone). Peak memory is that of the process.
 
-    python benchmarks/training_speed.py [--network transformer|diffusers|sfumato|text-to-image] [--batch 16] [--rounds 7]
-        [--threads 1]
+    python benchmarks/training_speed.py [--network transformer|diffusers|sfumato|text-to-image|text-to-pixels] [--batch 16]
+        [--rounds 7] [--threads 1]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -35,7 +36,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sfumato as sf
-from sfumato.denoisers import parametrized
+from sfumato.denoisers import Parametrized, parametrized
 from sfumato.networks import SentenceEncoder, UNet
 from sfumato.objectives import Denoising
 from sfumato.processes import DDPM
@@ -44,7 +45,15 @@ from sfumato.training.data import Arrays, Batches, Shards, write_shards
 from sfumato.training.host import fast
 from sfumato.zoo import captions, emoji, make_emoji
 
-NETWORKS = {"transformer": 16, "diffusers": 16, "sfumato": 16, "text-to-image": 64}  # name -> items a batch
+NETWORKS = {
+    "transformer": 16,
+    "diffusers": 16,
+    "sfumato": 16,
+    "text-to-image": 64,
+    "text-to-pixels": 64,
+}  # name -> items a batch
+LATENT = "text-to-image"
+TEXT = {LATENT: 64, "text-to-pixels": 32}  # name -> pixels
 
 
 class Transformer(nn.Module):
@@ -166,17 +175,17 @@ def our_loop(objective: Denoising, batches: Any, channels_last: bool = False) ->
             yield
 
 
-def drawings(n: int = 512) -> tuple[Tensor, list[str]]:
-    """Emoji of 64 pixels (n, 3, 64, 64), uint8, and their captions."""
-    items = emoji.load(64, split="train")
+def drawings(size: int, n: int = 512) -> tuple[Tensor, list[str]]:
+    """Emoji (n, 3, size, size), uint8, and their captions."""
+    items = emoji.load(size, split="train")
     return items.images[:n], items.captions[:n]
 
 
 class Files(torch.utils.data.Dataset[tuple[Tensor, str, int]]):
     """:func:`drawings` as PNG files, which are decoded whenever they are read: picture in [-1, 1], caption, vendor."""
 
-    def __init__(self) -> None:
-        images, self.captions = drawings()
+    def __init__(self, size: int) -> None:
+        images, self.captions = drawings(size)
         self.files = [BytesIO() for _ in images]
         for file, image in zip(self.files, images, strict=True):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
@@ -190,35 +199,49 @@ class Files(torch.utils.data.Dataset[tuple[Tensor, str, int]]):
 
 
 def text_peer(work: Work) -> Iterator[None]:
-    """The diffusers loop of the text-to-image example: files are decoded and both encoders run for every batch."""
-    codec, text = load_codec(), SentenceEncoder()
+    """The diffusers loop of the text-to-image example: files are decoded and the encoders run for every batch."""
+    text, codec = SentenceEncoder(), load_codec() if work.network == LATENT else None
 
     def loss_of(model: nn.Module, items: Any) -> Tensor:
         with torch.no_grad():
-            clean = codec.encode(items[0])
+            clean = items[0] if codec is None else codec.encode(items[0])
             cond = captions.conditions(*text.encode(items[1], captions.TOKENS))
         noise, t = torch.randn_like(clean), torch.rand(len(clean))
-        noisy = torch.lerp(clean, noise, t[:, None, None, None])
-        return F.mse_loss(model(noisy, t, **cond, vendor=items[2]).float(), noise - clean)
+        clock = t[:, None, None, None]
+        if codec is None:  # v-prediction on the cosine process
+            alpha, sigma = (clock * math.pi / 2).cos(), (clock * math.pi / 2).sin()
+            noisy, wanted = alpha * clean + sigma * noise, alpha * noise - sigma * clean
+        else:
+            noisy, wanted = torch.lerp(clean, noise, clock), noise - clean
+        return F.mse_loss(model(noisy, t, **cond, vendor=items[2]).float(), wanted)
 
-    return peer_loop(make_emoji.latent_denoiser().net, Files(), work.batch, loss_of)
+    return peer_loop(text_denoiser(work).net, Files(work.size), work.batch, loss_of)
 
 
 def text_ours(work: Work) -> Iterator[None]:
     """Trainer on the shards that :func:`encode` wrote."""
     fields = ("text", "text_mask", "vector", "vendor")
-    return our_loop(Denoising(make_emoji.latent_denoiser()), Batches(Shards(work.shards), work.batch, cond=fields))
+    return our_loop(Denoising(text_denoiser(work)), Batches(Shards(work.shards), work.batch, cond=fields))
 
 
-def encode(folder: str) -> float:
-    """Write codes and caption features of :func:`drawings` as shards; CPU seconds a picture, spent once."""
-    codec, text = load_codec(), SentenceEncoder()
-    images, prompts = drawings()
+def text_denoiser(work: Work) -> Parametrized:
+    """``emoji-latent`` or ``emoji-pixel``, untrained."""
+    return make_emoji.latent_denoiser() if work.network == LATENT else make_emoji.pixel_denoiser()
+
+
+def encode(work: Work, folder: str) -> float:
+    """Write pictures (or their codes) and caption features of :func:`drawings` as shards; CPU seconds a picture, spent once."""
+    text, codec = SentenceEncoder(), load_codec() if work.network == LATENT else None
+    images, prompts = drawings(work.size)
 
     def transform(items: Any) -> dict[str, Tensor]:
-        mean, std = make_emoji.encoded(codec, items["x"])
+        x = (
+            {"x": items["x"]}
+            if codec is None
+            else dict(zip(("x", "std"), make_emoji.encoded(codec, items["x"]), strict=True))
+        )
         cond = captions.conditions(*text.encode(items["prompt"], captions.TOKENS))
-        return {"x": mean, "std": std, **cond, "vendor": torch.zeros(len(mean), dtype=torch.long)}
+        return {**x, **cond, "vendor": torch.zeros(len(items["x"]), dtype=torch.long)}
 
     text.encode(["warm up"], captions.TOKENS)
     began = time.process_time()
@@ -241,7 +264,7 @@ TEXT_LOOPS: dict[str, Callable[[Work], Iterator[None]]] = {"diffusers": text_pee
 
 def loops(work: Work) -> dict[str, Callable[[Work], Iterator[None]]]:
     """The loops that can train this network, the peer's first."""
-    return TEXT_LOOPS if work.network == "text-to-image" else LOOPS
+    return TEXT_LOOPS if work.network in TEXT else LOOPS
 
 
 def serve(pipe: Connection, loop: str, work: Work, threads: int) -> None:
@@ -262,12 +285,13 @@ def serve(pipe: Connection, loop: str, work: Work, threads: int) -> None:
 
 def measure(work: Work, rounds: int = 7, steps: int = 4, threads: int = 1) -> dict[str, Any]:
     """Images a second and peak memory of each loop on one network, and the ratios to the diffusers loop."""
-    if work.network != "text-to-image":
+    if work.network not in TEXT:
         return _measured(work, rounds, steps, threads)
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        once = encode(folder)
-        figures = _measured(replace(work, size=64, shards=folder), rounds, steps, threads)
+        work = replace(work, size=TEXT[work.network], shards=folder)
+        once = encode(work, folder)
+        figures = _measured(work, rounds, steps, threads)
     return figures | {"encoding, CPU seconds a picture, once": round(once, 4)}
 
 
@@ -302,7 +326,7 @@ def _measured(work: Work, rounds: int, steps: int, threads: int) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=NETWORKS, default="transformer")
-    parser.add_argument("--batch", type=int, help="items a batch (default: 64 for text-to-image, else 16)")
+    parser.add_argument("--batch", type=int, help="items a batch (default: 64 for those with text, else 16)")
     for name, value in (("size", 32), ("rounds", 7), ("steps", 4), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()

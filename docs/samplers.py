@@ -12,6 +12,9 @@ from typing import Any
 HERE = Path(__file__).parent
 SOURCE, PAGE, PICTURE = (HERE / f"samplers.{end}" for end in ("json", "md", "png"))
 Row = Mapping[str, Any]
+# samplers of k-diffusion and azula: ours of the same method
+TWINS = {"euler": "ddim", "DDIM": "ddim", "heun": "heun", "Heun": "heun", "dpmpp_2m": "dpm-solver++",
+         "xEAB2": "dpm-solver++", "zEAB3": "dpm-solver++(order=3)"}  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -121,7 +124,7 @@ def tuned(d: Row) -> str:
 
 
 def libraries(d: Row, budget: Row) -> str:
-    """``arc``, and our best setting, over the best of k-diffusion and azula at each place."""
+    """``arc``, and our best setting, over the best of the three libraries at each place."""
     calls = sorted({r["calls"] for r in d["ratios"]})
     found = {(r["case"], r["calls"]): r for r in d["ratios"]}
     lines = [
@@ -136,7 +139,7 @@ def libraries(d: Row, budget: Row) -> str:
         f"{s['geometric mean of rms']:.2f}, and is above 1 in {s['above 1']} of {s['of']}"
         f"{f' ({above})' if above else ''}. The budget is {verdict(s, budget)}.\n"
         f"- **Our best setting against their best**, both chosen anew at each place: {matched(d)}. The budget is "
-        f"{verdict(d['best summary'], budget)}. Where it comes to 1 the two are one method, which both have."
+        f"{verdict(d['best summary'], budget)}. Where it comes to 1 the two are one method, which both have, and differ by rounding."
     )
 
 
@@ -153,6 +156,18 @@ def crossing(d: Row) -> str:
     rows = d["crossing"]
     lines = [[name, *(f"{row[name]:+.1e}" for row in rows)] for name in ("vAB3", "arc")]
     return table(["std of the data", *(f"{row['std']:g}" for row in rows)], lines)
+
+
+def steps(d: Row) -> str:
+    """Microseconds of our step over theirs, of the nearest method."""
+    spent = {(r["who"], r["sampler"]): r["microseconds"] for r in d["costs"]}
+    rows = [(f"{who} `{name}`", v, f"`{TWINS[name]}`", spent["sfumato", TWINS[name]], spent["sfumato", TWINS[name]] / v)
+            for (who, name), v in spent.items() if who in ("k-diffusion", "azula")]  # fmt: skip
+    return table(["sampler", "microseconds", "ours", "microseconds", "ours / its"], rows)
+
+
+def _own(d: Row) -> set[tuple[str, str]]:
+    return {(r["who"], r["sampler"]) for r in d["rows"] if r["who"] in ("sfumato", "diffusers")}
 
 
 def costs(d: Row) -> str:
@@ -273,13 +288,18 @@ torch holds during 100 steps.
   one counts, chosen anew for each case and number of calls.
 - k-diffusion and azula need torchvision, so they are no part of this run: their own is below.
 
-## Beside k-diffusion and azula
+## Beside diffusers, k-diffusion and azula at once
 
-The exact cases again, in an environment of their own (`benchmarks/solvers_k_diffusion.py` says how it is made; `python -m
-benchmarks.solvers_k_diffusion --json docs/samplers-peers.json`): `arc`, one setting, over the best of {settings_of_peers} of theirs, chosen anew for
-each case and number of calls. Bold where ours is below.
+All cases again with the three libraries in one process, in an environment of their own (`benchmarks/solvers_k_diffusion.py` says how it
+is made; `python -m benchmarks.solvers_k_diffusion --json docs/samplers-peers.json`): `arc`, one setting, over the best of
+{settings_of_peers} of k-diffusion's and azula's and those of diffusers above, chosen anew for each case and number of calls. Bold where ours is
+below.
 
 {libraries}
+
+Microseconds a step outside the network in that run, of the nearest method of ours:
+
+{steps}
 
 A best of {settings_of_peers} contains errors that happen to cross 0. On N(0, 0.49 I) at 8 calls azula's vAB3 does, at a standard deviation of
 0.70, which is the one of that case. The end that each reaches minus the true one, from x = 1:
@@ -304,7 +324,7 @@ def page(d: Row) -> str:
         rms=by_rms(d), matched=matched(d), lost=lost(d), ranking=ranking(d), ablated=d["ablated"], ablation=ablation(d),
         arc=about.replace("\n", "\n> "), tuned=tuned(d), costs=costs(d),
         libraries=libraries(peers, d["budget"]),
-        settings_of_peers=len({(r["who"], r["sampler"]) for r in peers["rows"] if r["who"] != "sfumato"}),
+        settings_of_peers=len({(r["who"], r["sampler"]) for r in peers["rows"]} - _own(peers)), steps=steps(peers),
         cases=table(["case", "kind", "items", "rms of the data"], [tuple(row.values()) for row in d["cases"]]),
     )  # fmt: skip
 
