@@ -9,11 +9,9 @@ v      x / r turns by the integral of v d(angle), with r = hypot(alpha, sigma) a
 line   x / r moves by the integral of (eps - x0) d(fraction), with r = alpha + sigma and fraction = sigma / (alpha + sigma)
 flow   x moves by the integral of (dalpha/dt x0 + dsigma/dt eps) dt: Adams' methods, nothing is solved exactly
 
-The polynomial's ``variable`` is lambda = log(alpha / sigma), the angle, the fraction, rho = sigma / alpha, time or one of
-
-soft   log(1 + rho): -lambda where noise rules, rho where data does. Finite at clean data like the angle; and where alpha is
-       small, a network's error of x0 is multiplied by rho, which is no slope because there, as in lambda, nodes lie apart
-arc    the angle, but from lambda = FLOOR on no polynomial goes through a node before it, for the same reason
+The polynomial's ``variable`` is lambda = log(alpha / sigma), the angle, the fraction, rho = sigma / alpha, time or 'soft', which is
+log(1 + rho): -lambda where noise rules, rho where data does. It is finite at clean data like the angle; and where alpha is small, a
+network's error of x0 is multiplied by rho, which is no slope because there, as in lambda, nodes lie apart.
 """
 
 from __future__ import annotations
@@ -24,12 +22,8 @@ from typing import Any
 
 from sfumato.core import InputError, Posterior
 
-FORMS = ("data", "noise", "v", "flow")
-VARIABLES = ("lambda", "angle", "arc", "rho", "time")
-# FORMS and VARIABLES are what searches for a solver choose from; these have more, for solvers that are asked for by name
-EVERY_FORM = (*FORMS, "line")
-EVERY_VARIABLE = (*VARIABLES, "fraction", "soft")
-FLOOR = -3.5
+FORMS = ("data", "noise", "v", "line", "flow")
+VARIABLES = ("lambda", "angle", "soft", "rho", "fraction", "time")
 RULES = ("exact", "midpoint", "released")
 
 
@@ -62,7 +56,7 @@ def _place(process: Any, variable: str, lam: float) -> float:
     match variable:
         case "lambda":
             return lam
-        case "angle" | "arc":
+        case "angle":
             return math.pi / 2 if lam == -math.inf else math.atan(math.exp(-lam))
         case "rho":
             return math.inf if lam == -math.inf else math.exp(-lam)
@@ -132,8 +126,6 @@ def weights(
         raise InputError(f"the {form!r} form divides by 0 at t = {t}: leave it by a DDIM step, or use another form")
     scale, total = _ends(form, a, b, t, s, eta)
     places = [_at(process, variable, n) for n in nodes]
-    if variable == "arc" and process.coef(nodes[0]).lam >= FLOOR:
-        places = [y if process.coef(n).lam >= FLOOR else math.inf for y, n in zip(places, nodes, strict=True)]
     keep = [j for j, y in enumerate(places) if math.isfinite(y) and y not in places[:j]] or [0]
     out = [0.0] * len(nodes)
     if len(keep) > 1:

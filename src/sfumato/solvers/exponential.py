@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from sfumato.core import Context, Denoiser, InputError, Solver, Step, Times, linear
-from sfumato.solvers._integral import EVERY_FORM, EVERY_VARIABLE, RULES, divides_by_zero, noise_std, reading, weights
+from sfumato.solvers._integral import FORMS, RULES, VARIABLES, divides_by_zero, noise_std, reading, weights
 from sfumato.solvers._registry import register
 
 __all__ = ["HeavyBall", "Multistep", "ReleasedThirdOrder", "weights"]
@@ -59,7 +59,7 @@ class Multistep(Solver):
         if not 1 <= self.order <= 5 or self.last < 1 or self.eta < 0:
             raise InputError(f"order = {self.order}, last = {self.last}, eta = {self.eta}: 1 to 5, >= 1, >= 0")
         for name, value, known in (
-            ("form", self.form, EVERY_FORM), ("variable", self.variable, EVERY_VARIABLE), ("rule", self.rule, RULES),
+            ("form", self.form, FORMS), ("variable", self.variable, VARIABLES), ("rule", self.rule, RULES),
         ):  # fmt: skip
             if value not in known:
                 raise InputError(f"{name} = {value!r}: one of {', '.join(known)}")

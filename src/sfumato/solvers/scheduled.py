@@ -17,8 +17,8 @@ from sfumato.solvers._registry import register
 class Move:
     """How one step is made.
 
-    form       'data' | 'noise' | 'v' | 'flow': the reading that is held polynomial
-    variable   'lambda' | 'angle' | 'rho' | 'time': in what
+    form       'data' | 'noise' | 'v' | 'line' | 'flow': the reading that is held polynomial
+    variable   'lambda' | 'angle' | 'soft' | 'rho' | 'fraction' | 'time': in what
     order      through how many of the newest beliefs, 1 to 5 (fewer while the history is short)
     relax      multiplies all that the older beliefs add: 0 is order 1, 1 the exact integral. The published relaxations of
                the derivative (bh1, bh2, linear, exponential) are functions of the step, hence one number at a given step
@@ -162,7 +162,7 @@ class Subspace(Solver):
 
     nodes  (K + 1) times, falling: the only ones it steps between
     rows   K rows, row i = (w_i, a_i0, ..., a_ii)
-    form   'noise' | 'data' | 'v' | 'flow': the reading
+    form   'noise' | 'data' | 'v' | 'line' | 'flow': the reading
     free   the first step only scales the start, without a call: there is no e_0, and every row is one number shorter
 
     Every linear multistep solver on these times has this form. ``sfumato.tuning.subspace`` fits it.

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from sfumato.core import Context, Denoiser, InputError, Solver, Step, Times, linear
-from sfumato.solvers._integral import EVERY_VARIABLE, between, divides_by_zero, noise_std, reading, weights
+from sfumato.solvers._integral import VARIABLES, between, divides_by_zero, noise_std, reading, weights
 from sfumato.solvers._registry import register
 
 
@@ -45,8 +45,8 @@ class Singlestep(Solver):
             raise InputError(f"order = {self.order}, eta = {self.eta}: order is 1, 2 or 3 and eta not negative")
         if self.form not in ("data", "noise") or self.rule not in ("released", "exact"):
             raise InputError(f"form {self.form!r} is 'data' or 'noise', rule {self.rule!r} 'released' or 'exact'")
-        if self.variable not in EVERY_VARIABLE:
-            raise InputError(f"variable = {self.variable!r}: one of {', '.join(EVERY_VARIABLE)}")
+        if self.variable not in VARIABLES:
+            raise InputError(f"variable = {self.variable!r}: one of {', '.join(VARIABLES)}")
 
     @property
     def nfe(self) -> float:  # type: ignore[override]

@@ -10,11 +10,12 @@ from typing import Any
 
 from sfumato import grids
 from sfumato.core import InputError
-from sfumato.solvers._integral import FORMS, VARIABLES
 from sfumato.solvers.scheduled import Move, Scheduled
 from sfumato.tuning.evolution import Evolution, Found, Ranking
 from sfumato.tuning.target import Target
 
+FORMS = ("data", "noise", "v", "flow")  # what is drawn from; a schedule may have more
+VARIABLES = ("lambda", "angle", "soft", "rho", "time")
 CLOSEST = 1e-3  # in lambda: nearer nodes make the polynomial's weights explode
 
 
@@ -51,8 +52,8 @@ class StrategySpace:
 
     Times move in lambda by ``jitter`` of the gap to their neighbours (the publication moves them by N(0, 0.03^2) in t,
     which fits one clock only), or all of them are warped; order, form, variable, start, derivatives, relaxation and corrector
-    are redrawn with probability ``rate`` each. ``free``: schedules may save the first call. ``low`` and ``high`` bound lambda at the inner
-    times.
+    are redrawn with probability ``rate`` each. ``free``: schedules may save the first call. ``low`` and ``high`` bound lambda
+    at the inner times.
     """
 
     process: Any
@@ -148,6 +149,8 @@ class StrategySpace:
         return out
 
     def _move(self, m: Move, draw: random.Random, rate: float, i: int) -> Move:
+        """A move whose decisions are redrawn with probability ``rate`` each."""
+
         def now() -> bool:
             return draw.random() < rate
 
@@ -166,6 +169,7 @@ class StrategySpace:
         return m
 
     def _moved(self, one: Schedule, draw: random.Random, jitter: float) -> Schedule | None:
+        """The schedule with about half of its inner times moved in lambda, or None where that is not legal."""
         lams = [min(max(self.process.coef(t).lam, self.low), self.high) for t in one.times]
         chosen = range(1, len(lams) - 1)
         some = [i for i in chosen if draw.random() < 0.5] or ([draw.choice(chosen)] if chosen else [])
@@ -182,6 +186,7 @@ class StrategySpace:
         return self._timed(one, [min(max(middle + shift + stretch * (v - middle), self.low), self.high) for v in lams])
 
     def _timed(self, one: Schedule, lams: Sequence[float]) -> Schedule | None:
+        """The schedule at these lambdas, its ends kept, or None where that is not legal."""
         times = (one.times[0], *(self.process.time(v) for v in lams[1:-1]), one.times[-1])
         return replace(one, times=times) if legal(self.process, times) else None
 
@@ -207,8 +212,8 @@ def strategies(
     prior       the predictor starts from what the replay foretells, and learns from true evaluations what to add to it;
                 False: it learns from them alone
 
-    The rehearsal and the prior are ours: rehearsals=0 with prior=False is as published. Deterministic by seed. Source: Liu et al. 2023, "A Unified Sampling Framework for Solver Searching of Diffusion
-    Probabilistic Models".
+    The rehearsal and the prior are ours: rehearsals=0 with prior=False is as published. Deterministic by seed. Source: Liu,
+    Ning, Lin, Yang, Wang, 2023, "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models".
     """
     space = StrategySpace(target.process, nfe, target.times[0], target.times[-1], free)
     replay = target.replay()
