@@ -97,6 +97,14 @@ def test_too_few_or_one_class_only_is_refused():
                 fit(x, bad)
 
 
+def test_classes_that_nothing_tells_apart_are_refused():
+    x, labels = noise(15, 6).repeat_interleave(2, 0), torch.arange(30) % 2 == 1
+    with pytest.raises(InputError, match="same mean"):
+        LinearBoundary.between_means(x, labels)
+    with pytest.raises(InputError, match="same mean"):
+        LinearBoundary.fit(x[:1].expand(30, 6), labels)
+
+
 def test_cross_validation_tells_learning_from_memory():
     x, labels, _ = two_classes(n=40, size=200)
     assert cross_validated(x, labels) > 0.95

@@ -179,7 +179,7 @@ def test_a_network_draws_larger_than_it_was_trained() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sizes": [6]}, "grow"), ({"sizes": [12, 10]}, "grow"), ({"sizes": [8]}, "grow"), ({"sizes": [12], "image": images(1, 8), "base": {"steps": 3}}, "not generated"),
+        ({"sizes": [6]}, "grow"), ({"sizes": [12, 10]}, "grow"), ({"sizes": [8]}, "grow"), ({"sizes": []}, "empty"), ({"sizes": [12], "image": images(1, 8), "base": {"steps": 3}}, "not generated"),
         ({"sizes": [12], "method": "diffusehigh(wavelet='sym4')"}, "haar"), ({"sizes": [12], "method": "diffusehigh(structure=-1)"}, "not negative"),
         ({"sizes": [12], "image": torch.zeros(1, 3, 8, 8)}, "uint8"),
     ],

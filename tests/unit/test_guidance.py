@@ -18,6 +18,7 @@ from sfumato.core import Context, Denoiser, InputError, Posterior, Wrapper, line
 from sfumato.denoisers import parametrized
 from sfumato.denoisers.parametrized import edm_row
 from sfumato.guidance import cfg
+from sfumato.oracles import Gaussian
 from sfumato.processes import DDPM, EDM, VE, VP, Cosine, Flow
 
 PROCESSES = {"vp": VP(), "ve": VE(), "edm": EDM(), "flow": Flow(), "cosine": Cosine(), "ddpm": DDPM()}
@@ -139,6 +140,17 @@ def test_rescaling_moves_the_std_towards_the_conditional_one(rescale: float, sca
     assert torch.allclose(post.mean.std(1), rescale * given + (1 - rescale) * plain.std(1), rtol=1e-9)
     assert torch.allclose(post.mean / post.mean.norm(dim=1, keepdim=True), plain / plain.norm(dim=1, keepdim=True))
     assert torch.allclose(post.x, X) and torch.allclose(post.at(*post.coef[:2]), X)
+
+
+def test_rescaling_of_a_belief_without_spread_changes_nothing() -> None:
+    """One entry an item, or entries that are all the same, have nothing to be rescaled: not 0 / 0."""
+    law = Gaussian([0.5], [[0.3]]).denoiser(VP())
+    for x in (torch.linspace(-2, 2, 4, dtype=torch.float64)[:, None], torch.zeros(4, 1, dtype=torch.float64)):
+        ctx = Context.of(4, cond={"label": torch.zeros(4)}, dtype=torch.float64)
+        null = {"label": 1.0}
+        assert torch.equal(
+            cfg(3.0, rescale=0.7, null=null)(law)(x, 0.5, ctx).mean, cfg(3.0, null=null)(law)(x, 0.5, ctx).mean
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

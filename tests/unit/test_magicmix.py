@@ -152,9 +152,8 @@ def words(k_max: float, nu: float, one: str, two: str, **options: Any) -> Tensor
         two,
         3,
         method=method,
-        steps=10,
         grid="uniform",
-        **{"guidance": 2.0, **options},
+        **{"guidance": 2.0, "steps": 10, **options},
     )
 
 
@@ -184,6 +183,8 @@ def test_a_layout_of_words_ends_in_runs_of_one_prompt_or_of_one_after_another(up
     assert (alone.int() - mixed[:1].int()).abs().max() <= 1
     with pytest.raises(InputError, match="k_max = 1"):
         words(1.0, 0.5, "noto", "twemoji")
+    with pytest.raises(InputError, match="steps = 0"):
+        words(0.6, 0.5, "noto", "twemoji", steps=0)
 
 
 def test_mixing_begins_exactly_where_the_layout_run_stands() -> None:

@@ -313,6 +313,7 @@ class Controlled(Wrapper):
     def _around(
         self, path: str, module: nn.Module, t: float, ctx: Context, call: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        """The tap of one attention: its call, with what the controls of this time change."""
         name = "context" if isinstance(module, Attention) else "encoder_hidden_states"
         cross = (args[1] if len(args) > 1 else kwargs.get(name)) is not None
         visits = ctx.run.shared.setdefault(VISITS, {})
@@ -331,6 +332,7 @@ class Controlled(Wrapper):
         return out
 
     def _edit(self, at: At, acting: list[Control], what: str, value: Tensor) -> Tensor:
+        """Keys or maps after the controls that act on them."""
         for control in acting:
             if control.on != what:
                 continue

@@ -65,6 +65,9 @@ class Task:
     given: frozenset[str] = frozenset()
     nfe: list[float] = field(default_factory=lambda: [0.0])
 
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
     @property
     def process(self) -> Any:
         """The noising law."""
@@ -154,6 +157,12 @@ class Method:
             raise InputError(f"{name} does not use {key}=: it takes {', '.join(sorted(self.needs | self.accepts))}")
 
 
+def check_steps(steps: Any) -> None:
+    """InputError unless it is a whole number from 1: parts of a run are rounded to whole steps, the run itself is not."""
+    if not (isinstance(steps, int) and steps >= 1):
+        raise InputError(f"steps = {steps!r}: give a whole number, at least 1")
+
+
 def get(name: str, /, **numbers: Any) -> Method:
     """The named method with these numbers."""
     return registry.get(name, **numbers)  # type: ignore[no-any-return]
@@ -164,4 +173,4 @@ def names() -> list[str]:
     return registry.names()
 
 
-__all__ = ["INPUTS", "Method", "Task", "get", "names", "register", "registry"]
+__all__ = ["INPUTS", "Method", "Task", "check_steps", "get", "names", "register", "registry"]

@@ -38,7 +38,7 @@ class LinearBoundary:
         flat, wanted = _checked(latents, labels)
         machine = _machine(penalty).fit((flat @ flat.T).numpy(), wanted.numpy())
         weights = torch.from_numpy(machine.dual_coef_[0]) @ flat[torch.from_numpy(machine.support_).long()]
-        length = float(weights.norm())
+        length = _length(weights, flat)
         normal, offset = weights / length, float(machine.intercept_[0]) / length
         spread = float((flat @ normal).std())
         return LinearBoundary(normal.to(latents.dtype).view(latents.shape[1:]), offset, spread)
@@ -48,7 +48,7 @@ class LinearBoundary:
         """The hyperplane half way between the two class means, across their difference."""
         flat, wanted = _checked(latents, labels)
         yes, no = flat[wanted].mean(0), flat[~wanted].mean(0)
-        length = float((yes - no).norm())
+        length = _length(yes - no, flat)
         normal = (yes - no) / length
         offset = -float(normal @ (yes + no)) / 2
         return LinearBoundary(normal.to(latents.dtype).view(latents.shape[1:]), offset, float((flat @ normal).std()))
@@ -196,6 +196,7 @@ def critical_time(
 
 
 def _noisiest(curve: Sequence[Level], n: int, gap: float | None) -> float:
+    """The largest time whose accuracy is within a standard error, of n items, of the best one's."""
     typical = [level for level in curve if gap is None or abs(level.inverted - level.sampled) <= gap]
     if not typical:
         worst = ", ".join(f"{v.time:.2f}: {abs(v.inverted - v.sampled):.3f}" for v in curve)
@@ -241,6 +242,7 @@ def _machine(penalty: float) -> Any:
 
 
 def _checked(latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(float64 vectors (N, D), labels bool (N,)); InputError with too few of a class."""
     wanted = labels.bool().cpu()
     fewest = int(min(wanted.sum(), (~wanted).sum()))
     if len(wanted) != len(latents) or fewest < FEWEST:
@@ -251,7 +253,16 @@ def _checked(latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return latents.detach().flatten(1).double().cpu(), wanted
 
 
+def _length(normal: Tensor, flat: Tensor) -> float:
+    """The length of a normal; InputError where it is round-off of the latents (N, D)."""
+    length = float(normal.norm())
+    if not length > 1e-12 * float(flat.norm()):
+        raise InputError("nothing tells the two classes apart: their latents are the same, or have the same mean")
+    return length
+
+
 def _rows(cond: Mapping[str, Any] | None, rows: Tensor) -> dict[str, Any]:
+    """The conditions of some of the items."""
     return {k: v[rows] if isinstance(v, Tensor) else v for k, v in (cond or {}).items()}
 
 

@@ -44,6 +44,8 @@ def enlarge(
     Image i depends on (seed, i) only. Raises InputError for sizes that do not grow, and where codec or network cannot take them.
     """
     images = _first(pipeline, prompts, image, cond, seed, base)
+    if not sizes:
+        raise InputError("sizes is empty: give the sizes of the stages, such as [96, 128]")
     stages = [(s, s) if isinstance(s, int) else tuple(s) for s in sizes]
     for before, after in pairwise([tuple(images.shape[-2:]), *stages]):
         if len(after) != 2 or not (after[0] >= before[0] and after[1] >= before[1] and after != before):

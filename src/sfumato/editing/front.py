@@ -54,24 +54,19 @@ def perform(
     images = as_pixels(image, pipeline.size)
     n = len(images)
     method, name = _method(method, numbers)
-    given = {
+    said = {
         "prompt": prompt is not None or bool(cond), "source": source is not None or bool(source_cond),
         "mask": mask is not None, "points": bool(len(points)), "reference": reference is not None,
         "direction": direction is not None,
     }  # fmt: skip
-    method.check(name, frozenset(k for k, said in given.items() if said))
+    given = frozenset(key for key, yes in said.items() if yes)
+    method.check(name, given)
     shared = cond or {}
     target = pipeline.conditions(n, _texts(prompt, n, "prompt"), **shared)
     described = pipeline.conditions(n, _texts(source, n, "source"), **(shared if source_cond is None else source_cond))
-    chosen = solvers.registry.make(spec) if isinstance(spec := solver or "ddim", str) else spec
-    times = (chosen.grid or pipeline.grid) if grid is None else grid
-    around = pipeline.guidance if guidance is None else guidance
-    around = guidances.get(around, load=lambda name: load(name).denoiser) if isinstance(around, str) else around
-    scale = float(around) if isinstance(around, (int, float)) else None
+    around, scale = _around(pipeline, guidance)
     device = next((p.device for p in pipeline.denoiser.parameters()), torch.device("cpu"))
-    other = None if reference is None else as_pixels(reference, (images.shape[-2], images.shape[-1]), what="reference")
-    if other is not None and other.shape[-3:] != images.shape[-3:]:
-        raise InputError(f"image {tuple(images.shape[-2:])} and reference {tuple(other.shape[-2:])} differ in size")
+    other = None if reference is None else _reference(reference, images)
     task = Task(
         denoiser=pipeline.denoiser,
         codec=pipeline.codec,
@@ -79,17 +74,16 @@ def perform(
         images=images,
         source=described,
         target=target,
-        guidance=_nothing if scale == 1 else cfg(scale) if scale is not None else around,  # type: ignore[arg-type]
+        guidance=around,
         scale=scale,
-        solver=chosen,
-        grid=grids.registry.make(times) if isinstance(times, str) else times,
-        steps=steps or 50,
+        **_sampler(pipeline, solver, grid),
+        steps=50 if steps is None else steps,
         mask=None if mask is None else _mask(mask, images),
         points=_points(points, images),
         reference=None if other is None else pipeline.codec.encode(other.to(device)).expand(n, -1, -1, -1),
         direction=None if direction is None else opened(direction, pipeline.denoiser),
         seed=seed,
-        given=frozenset(k for k, said in given.items() if said),
+        given=given,
     )
     x: Any = method(task)
     return Edited(pipeline.codec.images(x), x, task.nfe[0])
@@ -118,10 +112,36 @@ def edit(pipeline: Pipeline, image: Picture, prompt: str | Sequence[str] | None 
 
 
 def _nothing(denoiser: Any) -> Any:
+    """The guidance that is none."""
     return denoiser
 
 
+def _around(pipeline: Pipeline, guidance: float | str | Guidance | None) -> tuple[Guidance, float | None]:
+    """(the guidance, its scale where it is classifier-free) of what was given, or else of the pipeline."""
+    chosen = pipeline.guidance if guidance is None else guidance
+    chosen = guidances.get(chosen, load=lambda name: load(name).denoiser) if isinstance(chosen, str) else chosen
+    if not isinstance(chosen, (int, float)):
+        return chosen, None  # type: ignore[return-value]
+    return (_nothing if chosen == 1 else cfg(float(chosen))), float(chosen)
+
+
+def _sampler(pipeline: Pipeline, solver: str | Solver | None, grid: str | Grid | None) -> dict[str, Any]:
+    """solver= and grid= as objects: DDIM, and the solver's own grid or the pipeline's, where nothing was said."""
+    chosen = solvers.registry.make(spec) if isinstance(spec := solver or "ddim", str) else spec
+    times = (chosen.grid or pipeline.grid) if grid is None else grid
+    return {"solver": chosen, "grid": grids.registry.make(times) if isinstance(times, str) else times}
+
+
+def _reference(reference: Picture, images: Tensor) -> Tensor:
+    """The second image, uint8 at the size of the others."""
+    other = as_pixels(reference, (images.shape[-2], images.shape[-1]), what="reference")
+    if other.shape[-3:] != images.shape[-3:]:
+        raise InputError(f"image {tuple(images.shape[-2:])} and reference {tuple(other.shape[-2:])} differ in size")
+    return other
+
+
 def _method(method: str | Method, numbers: Mapping[str, Any]) -> tuple[Method, str]:
+    """The method as an object, and the name by which it was asked for."""
     if isinstance(method, Method):
         if numbers:
             raise InputError(f"an object brings its own numbers: leave out {sorted(numbers)}")
@@ -133,6 +153,7 @@ def _method(method: str | Method, numbers: Mapping[str, Any]) -> tuple[Method, s
 
 
 def _texts(given: str | Sequence[str] | None, n: int, what: str) -> list[str] | None:
+    """One text an image, or None."""
     texts = [given] * n if isinstance(given, str) else None if given is None else list(given)
     if texts is not None and len(texts) != n:
         raise InputError(f"{len(texts)} texts in {what}= for {n} images: give one, or one an image")
@@ -140,6 +161,7 @@ def _texts(given: str | Sequence[str] | None, n: int, what: str) -> list[str] | 
 
 
 def _mask(mask: Picture, images: Tensor) -> Tensor:
+    """The mask as floats (B, 1, H, W) in [0, 1]."""
     height, width = images.shape[-2:]
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(mask.copy())
@@ -159,6 +181,7 @@ def _mask(mask: Picture, images: Tensor) -> Tensor:
 
 
 def _points(points: Sequence[Sequence[float]], images: Tensor) -> tuple[tuple[float, float, float, float], ...]:
+    """The points as floats, all of them inside the image."""
     height, width = images.shape[-2:]
     out = []
     for point in points:

@@ -127,6 +127,7 @@ def load(path: str | Path) -> tuple[Step | NoiseMaps, dict[str, Any]]:
 
 
 def _flat(latent: Step | NoiseMaps) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(the tensors by name, all else as JSON can hold it)."""
     if isinstance(latent, Step):
         carry = latent.carry or ()
         tensors: dict[str, Any] = {
@@ -143,6 +144,7 @@ def _flat(latent: Step | NoiseMaps) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _whole(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Step | NoiseMaps:
+    """What :func:`_flat` took apart."""
     if facts["kind"] == "step":
         carry = tuple(tensors[f"carry.{i}"] if v is None else v for i, v in enumerate(facts["carry"]))
         return Step(tensors["x"], facts["t"], carry or None)
@@ -169,10 +171,12 @@ class Kept:
 
 
 def _law(process: Any, times: Sequence[float]) -> list[tuple[float, float, float]]:
+    """(t, alpha, sigma) at each of the times."""
     return [(t, *process.coef(t)[:2]) for t in times]
 
 
 def _rms(x: Tensor) -> Tensor:
+    """The root mean square of each item, (B,)."""
     return x.flatten(1).double().square().mean(1).sqrt()
 
 

@@ -39,6 +39,7 @@ class Opened(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
+        """softmax(scale q k^T + mask) v with the edits put in."""
         if dropout_p or is_causal or enable_gqa:
             raise InputError("attention with dropout, causal or grouped queries cannot be controlled: call net.eval()")
         both = self.edit("keys", torch.cat([key, value], -1))

@@ -69,6 +69,7 @@ class Recording(Wrap):
         return replace(there, x=linear(1.0, there.x, 1.0, missing))
 
     def _with(self, z: Tensor, st: Step, s: Any, denoiser: Denoiser, ctx: Context) -> Step:
+        """The step with z as its noise; InputError where more than one is drawn."""
         drawn = []
 
         def source(ctx: Context, fresh: Callable[[], Any]) -> Tensor:

@@ -93,6 +93,7 @@ def like(null: Any, given: Any) -> Any:
 
 
 def _stack(values: Sequence[Any], n: int, name: str) -> Any:
+    """One condition of all the sets below each other; what is the same object in all of them stays one."""
     if all(isinstance(v, Tensor) and v.ndim and len(v) == n for v in values):
         return torch.cat(list(values))
     if all(v is values[0] for v in values):
@@ -103,6 +104,8 @@ def _stack(values: Sequence[Any], n: int, name: str) -> Any:
 
 
 def _rows(post: Posterior, items: slice, x: Tensor | None) -> Posterior:
+    """The belief of some of the items, at x where that is given."""
+
     def cut(v: Any) -> Any:
         return v[items] if isinstance(v, Tensor) and v.ndim and len(v) == len(post.x) else v
 

@@ -1,3 +1,5 @@
+"""Guidance by name: specs of cards and of the command line, several joined by |."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -28,6 +30,8 @@ def get(spec: str, /, load: Callable[[str], Denoiser] | None = None, **numbers: 
 
 
 def _nested(made: list[Guidance]) -> Guidance:
+    """The guidances around each other, the first innermost."""
+
     def guided(denoiser: Denoiser) -> Denoiser:
         for guidance in made:
             denoiser = guidance(denoiser)

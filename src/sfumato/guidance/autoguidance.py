@@ -52,6 +52,7 @@ class Autoguided(Wrapper):
 
 
 def _skipped(ctx: Context, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A tap that leaves its submodule out."""
     return x
 
 

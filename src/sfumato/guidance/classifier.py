@@ -48,6 +48,7 @@ class ClassCost:
 
 
 def _check(logits: Tensor, label: Tensor, n: int) -> None:
+    """InputError for what are no logits (n, classes), or for labels beyond their classes."""
     if logits.ndim != 2 or len(logits) != n:
         raise InputError(f"a classifier gives logits ({n}, classes), not {tuple(logits.shape)}")
     if (

@@ -56,6 +56,7 @@ class ClassifierFree(Wrapper):
         return {"conditional": own, "unconditional": own | self._null(own, *negatives)}
 
     def _null(self, own: Mapping[str, Any], negative: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The conditions of the unconditional belief, in the shapes of the run's own."""
         null = negative or (self.inner.null if self.empty is None else self.empty)
         if not any(key in own for key in null):
             raise InputError(
@@ -65,11 +66,13 @@ class ClassifierFree(Wrapper):
         return {k: like(v, own[k]) for k, v in null.items() if k in own}
 
     def _guided(self, found: list[Any], scale: float | Tensor, ctx: Context) -> Any:
+        """The beliefs of :meth:`_sets` as one."""
         guided = combine(found, [scale, 1.0 - scale])
         if not self.rescale:
             return guided
         x0, reference = guided.mean, found[0].mean
-        ratio = _std(reference) / _std(x0)
+        spread = _std(x0)  # 0 where every entry is the same: nothing saturates
+        ratio = torch.where(spread > 0, _std(reference) / torch.where(spread > 0, spread, 1.0), 1.0)
         return guided.but(x0=x0 * (self.rescale * ratio + 1 - self.rescale))
 
 
@@ -90,7 +93,8 @@ def scale_at(t: Any, scale: float | Tensor, interval: tuple[float, float] | None
 
 
 def _std(x: Tensor) -> Tensor:
-    return x.flatten(1).std(1).view(-1, *[1] * (x.ndim - 1))
+    """The standard deviation of the entries of each item, (B, 1, ...); 0 for an item of one entry."""
+    return x.flatten(1).std(1, correction=0).view(-1, *[1] * (x.ndim - 1))
 
 
 def negative(*conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,3 +128,6 @@ def cfg(
     has a null. Source: Ho & Salimans, 2022, "Classifier-Free Diffusion Guidance".
     """
     return lambda inner: ClassifierFree(inner, scale, interval, rescale, null, batched)
+
+
+__all__ = ["ClassifierFree", "cfg", "check_interval", "negative", "scale_at"]

@@ -45,6 +45,7 @@ class Dual(ClassifierFree):
         return combine(found, [words, picture - words, 1.0 - picture])
 
     def _sets(self, own: dict[str, Any], negatives: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Words and picture, the picture alone, and neither."""
         read = [key for key in own if key in self.images]
         if not read:
             raise InputError(
@@ -53,7 +54,7 @@ class Dual(ClassifierFree):
             )
         both = super()._sets(own, negatives)
         null = both.pop("unconditional")
-        known = {key: v for key, v in (self.empty or self.inner.null).items() if key in read}
+        known = {key: v for key, v in (self.inner.null if self.empty is None else self.empty).items() if key in read}
         blank = {key: like(known.get(key, 0.0), own[key]) for key in read}
         return {**both, "picture": null | {key: own[key] for key in read}, "neither": null | blank}
 

@@ -59,6 +59,7 @@ class FlowChef(LossGuided):
         self.iterations, self.optimizer = iterations, optimizer
 
     def move(self, x0: Tensor, scale: Any, coef: Any, ctx: Context) -> Tensor:
+        """How far x0 goes in all iterations."""
         if self.optimizer == "adam":
             return self._adam(x0, scale, ctx)
         at = x0

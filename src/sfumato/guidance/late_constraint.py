@@ -45,6 +45,7 @@ class LateConstraint(Wrapper):
         found: dict[str, Tensor] = {}
 
         def keep(path: str) -> Callable[[Tensor], None]:
+            """Remembers the conditional rows of the first call."""
             return lambda h: None if path in found else found.update({path: h[: ctx.batch]})
 
         taps = [reading(path, keep(path)) for path in self.paths]

@@ -151,6 +151,7 @@ class LossGuided(Wrapper):
         return move * (self.limit / rms(move).clamp(min=self.limit))  # type: ignore[no-any-return]
 
     def _weight(self, coef: Any) -> Any:
+        """The weight of the gradient at these coefficients."""
         if callable(self.weight):
             return self.weight(coef)
         if self.weight == "constant":
@@ -161,6 +162,7 @@ class LossGuided(Wrapper):
         return tweedie(coef, spread)
 
     def _with(self, post: Posterior, move: Tensor) -> Posterior:
+        """The belief with x0 moved while what ``keep`` names stays."""
         keep = () if self.keep == "x" else (self.keep,)
         try:
             return post.but(keep=keep, x0=linear(1.0, post.mean, 1.0, move))
@@ -192,6 +194,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def _slopes(outputs: Tensor, at: tuple[Tensor, ...], pull: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
+    """The gradients of the outputs in each of ``at``, 0 where one does not reach them."""
     if not outputs.requires_grad:
         raise InputError(
             "the cost has no gradient: write it in differentiable tensor operations, or steer by a black box with svdd"
@@ -201,6 +204,8 @@ def _slopes(outputs: Tensor, at: tuple[Tensor, ...], pull: Tensor | None, keep: 
 
 
 def _reader(path: str, seen: dict[str, Any]) -> Callable[..., Any]:
+    """A tap that puts what its submodule says into ``seen``."""
+
     def around(ctx: Context, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         seen[path] = call(*args, **kwargs)
         return seen[path]
@@ -209,12 +214,14 @@ def _reader(path: str, seen: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _gaussian(post: Any) -> Posterior:
+    """The belief itself; InputError where it is none about numbers."""
     if not isinstance(post, Posterior):
         raise InputError(f"a {type(post).__name__} belief has no gradient to move it by: steer its kernel with svdd")
     return post
 
 
 def _zero(value: Any) -> bool:
+    """Whether it is the number 0; tensors are not looked at, which would wait for a device."""
     return not isinstance(value, Tensor) and value == 0
 
 

@@ -33,6 +33,7 @@ class PerpNeg(ClassifierFree):
         self.weight, self.negative = weight, tuple(negative)
 
     def _sets(self, own: dict[str, Any], negatives: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The prompt, nothing, and each negative."""
         given = [*self.negative, *negatives]
         if not given:
             raise InputError(
@@ -47,6 +48,7 @@ class PerpNeg(ClassifierFree):
         }  # fmt: skip
 
     def _guided(self, found: list[Any], scale: float | Tensor, ctx: Context) -> Any:
+        """null + scale (p - sum of the weighed perpendicular parts), as weights of the beliefs."""
         wanted, free, *away = found
         kind = wanted.kind
         main = wanted.native - reading(free, kind)

@@ -38,6 +38,7 @@ class Projected(ClassifierFree):
         self.eta, self.bound, self.momentum = eta, bound, momentum
 
     def _guided(self, found: list[Any], scale: float | Tensor, ctx: Context) -> Any:
+        """D_c + (scale - 1) of what is left of D_c - D_u."""
         plain = combine(found, [scale, 1.0 - scale])
         conditional: Posterior = found[0]
         sigma = conditional.coef.sigma
@@ -52,6 +53,7 @@ class Projected(ClassifierFree):
         return plain.but(x0=linear(1.0, mean, scale - 1.0, update))
 
     def _remembered(self, difference: Tensor, ctx: Context) -> Tensor:
+        """The difference with the momentum of the accepted steps."""
         if not self.momentum:
             return difference
         average: Tensor = linear(1.0, difference, self.momentum, ctx.memory.get("average"))

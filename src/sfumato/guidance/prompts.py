@@ -35,6 +35,7 @@ def prompts(ctx: Context) -> list[dict[str, Any]]:
 
 
 def _shares(weights: Sequence[float] | None, n: int) -> list[float]:
+    """One weight a prompt: the given ones, or equal ones."""
     found = [1.0 / n] * n if weights is None else [float(w) for w in weights]
     if len(found) != n:
         raise InputError(f"{len(found)} weights for {n} prompts: give one each")
@@ -42,6 +43,7 @@ def _shares(weights: Sequence[float] | None, n: int) -> list[float]:
 
 
 def _check_weights(weights: Sequence[float] | None) -> None:
+    """InputError unless they add up to 1."""
     if weights is not None and not abs(sum(weights) - 1) < 1e-6:
         raise InputError(f"weights add up to 1, not to {sum(weights):g}")
 
@@ -92,6 +94,7 @@ class Interpolated(Wrapper):
 
 
 def _between(key: str, values: list[Any], shares: list[float]) -> Any:
+    """The condition ``key`` between those of the prompts."""
     one = values[0]
     if isinstance(one, Tensor) and one.is_floating_point():
         return linear(*(v for pair in zip(shares, values, strict=True) for v in pair))
@@ -153,6 +156,7 @@ class Selected(Wrapper):
 
 
 def _row(key: str, values: list[Any], now: Tensor) -> Any:
+    """The condition ``key`` of the prompt that each item has now."""
     one = values[0]
     if isinstance(one, Tensor) and one.ndim and len(one) == len(now):
         return torch.stack([v.to(one) for v in values])[now.to(one.device), torch.arange(len(now), device=one.device)]

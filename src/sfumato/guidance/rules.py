@@ -163,6 +163,7 @@ class BlackScholes:
             raise InputError(f"strike = {self.strike}, unit = {self.unit}: positive, and a unit of time below 1")
 
     def _strikes(self) -> list[float]:
+        """The strike of each prompt, or the one of all."""
         return [self.strike] if isinstance(self.strike, (int, float)) else list(self.strike)
 
     def __call__(self, ctx: Context, last: Belief | None, prompts: int) -> Tensor:

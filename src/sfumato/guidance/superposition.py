@@ -63,6 +63,7 @@ class Superposed(Denoiser):
         return combine(said, own["weights"].unbind(1))
 
     def _biases(self, n: int) -> list[float]:
+        """One bias a belief, 0 where none was given."""
         if self.bias is not None and len(self.bias) != n:
             raise InputError(f"{len(self.bias)} biases for {n} beliefs: give one each")
         return self.bias or [0.0] * n
@@ -146,6 +147,7 @@ def _noise(x: Any, t: Any, ctx: Context) -> tuple[Tensor, float]:
 
 
 def _check_noise(residual: Tensor, noise: Tensor) -> None:
+    """InputError where the step (B, D), less its mean and in units of the kernel's std, has not this noise in it."""
     share = (residual * noise).sum() / noise.square().sum()
     if not share > 0.25:
         raise InputError(
@@ -155,6 +157,7 @@ def _check_noise(residual: Tensor, noise: Tensor) -> None:
 
 
 def _check_law(one: Any, other: Any) -> None:
+    """InputError where two processes differ."""
     same = one == other
     if not same and type(one) is type(other):
         same = all(one.coef(t) == other.coef(t) for t in (0.125, 0.5, 0.875, 1.0))
@@ -207,6 +210,7 @@ def log_densities(ctx: Context) -> Tensor:
 
 
 def _find(memory: Mapping[str, Any]) -> Tensor | None:
+    """The log densities in a memory or in one of its branches."""
     own = memory.get("superposition")
     if isinstance(own, Mapping) and "log_density" in own:
         return own["log_density"]  # type: ignore[no-any-return]

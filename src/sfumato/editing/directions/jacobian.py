@@ -126,6 +126,7 @@ class _Spelled(TorchFunctionMode):
 def _group_norm(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
+    """Group normalisation as its definition, which can be differentiated forward and in batches."""
     parts = x.reshape(len(x), groups, -1)
     variance, mean = torch.var_mean(parts, 2, correction=0, keepdim=True)
     y = ((parts - mean) * (variance + eps).rsqrt()).reshape(x.shape)

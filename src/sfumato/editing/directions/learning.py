@@ -110,12 +110,27 @@ def learn(
         raise InputError("h-space directions are of all times: leave out time=")
     if data is None:
         options |= {"n": n, "shape": pipeline.codec.shape(*pipeline.size)}
+    return _h_space(denoiser, data, labels, component, steps, seed, options, card)
+
+
+def _h_space(
+    denoiser: Denoiser,
+    data: Tensor | None,
+    labels: Tensor | None,
+    component: int,
+    steps: int,
+    seed: int,
+    options: Mapping[str, Any],
+    card: Mapping[str, Any],
+) -> Learned:
+    """The difference of two means of h, or a principal component of h, of noised data or of a run from noise."""
+    if data is None:
         latents = collect(denoiser, steps=steps, seed=seed, **options)
     else:
         latents = collect_noised(denoiser, data, steps=steps, seed=seed, **options)
     if labels is not None:
         return Learned(mean_difference(latents, labels), card)
-    return Learned(principal(latents, component + 1)[component], card | {"component": component})
+    return Learned(principal(latents, component + 1)[component], {**card, "component": component})
 
 
 def _boundaries(
@@ -128,6 +143,7 @@ def _boundaries(
     options: Mapping[str, Any],
     card: Mapping[str, Any],
 ) -> Learned:
+    """Hyperplanes at the given time, or at the critical one."""
     curve: Any = []
     if time is None:
         time, curve = critical_time(denoiser, data, labels, levels=LEVELS, steps=steps, cond=options["cond"], seed=seed)
@@ -170,10 +186,12 @@ def opened(direction: Any, denoiser: Denoiser) -> Boundaries | Direction:
 
 
 def _named(card: Mapping[str, Any]) -> str:
+    """The model's name for a message, where the card has it."""
     return f", {card['model']}" if card.get("model") else ""
 
 
 def _flat(direction: Boundaries | Direction) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(the tensors by name, all else as JSON can hold it)."""
     if isinstance(direction, Direction):
         return {"vectors": direction.vectors}, {"kind": "h-space", "times": direction.times, "path": direction.path}
     planes = {"x": direction.x, "h": direction.h}
@@ -183,6 +201,7 @@ def _flat(direction: Boundaries | Direction) -> tuple[dict[str, Tensor], dict[st
 
 
 def _whole(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Boundaries | Direction:
+    """What :func:`_flat` took apart."""
     if facts["kind"] == "h-space":
         return Direction(tensors["vectors"], tuple(facts["times"]), facts["path"])
     if facts["kind"] != "boundary-diffusion":

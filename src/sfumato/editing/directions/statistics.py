@@ -90,6 +90,7 @@ def random_like(direction: Direction, seed: int) -> Direction:
 
 
 def _direction(latents: Latents, vectors: Any) -> Direction:
+    """The vectors as a direction at the times and the place of the latents."""
     return Direction(vectors.contiguous(), latents.times, latents.path or None)
 
 

@@ -69,6 +69,7 @@ class BoundaryDiffusion(Method):
         return task.solver.read(task.run(x, start=at.time, **plain))  # type: ignore[return-value]
 
     def _moved(self, boundary: LinearBoundary, latent: Tensor) -> Tensor:
+        """The latent at the wanted distance from the hyperplane, or that far from where it was."""
         goal = (self.distance or 0.0) * boundary.spread
         if self.relative:
             return linear(1.0, latent, goal, boundary.normal.expand_as(latent))  # type: ignore[no-any-return]

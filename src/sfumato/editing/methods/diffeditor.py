@@ -90,6 +90,7 @@ class TimeTravel(Wrap):
 
 
 def _within(ctx: Context, begin: float, end: float) -> bool:
+    """Whether the step under way lies between these shares of the run."""
     return ctx.run.total is not None and begin <= ctx.run.step / ctx.run.total < end
 
 
@@ -261,6 +262,7 @@ class DiffEditor(Method):
         )
 
     def _edit(self, plan: Plan, own: Memory, f: Tensor, at: Callable[[Memory], Tensor]) -> Tensor:
+        """The regions of the plan look as the moved objects do, (B,)."""
         values = []
         for region, move, memory in plan.targets:
             inside = fitted(region, f)
@@ -268,12 +270,14 @@ class DiffEditor(Method):
         return self.edit * torch.stack(values).mean(0)
 
     def _looks(self, plan: Plan, own: Memory, f: Tensor, at: Callable[[Memory], Tensor]) -> Tensor:
+        """The mean feature of the region is that of the reference, (B,)."""
         region, move, memory = plan.targets[0]
         inside = fitted(region, f)
         like = alike(mean_in(f, inside), mean_in(at(memory), inside))[:, 0]
         return self.edit * unlike(like, inside)
 
     def _content(self, plan: Plan, own: Memory, f: Tensor, at: Callable[[Memory], Tensor]) -> Tensor:
+        """The rest stays, and what is left looks like the rest and not like the object, (B,)."""
         before, stays, left = at(own), fitted(plan.stays, f), fitted(plan.left, f)
         same = alike(f, before)
         fill = alike(mean_in(f, left), mean_in(before, stays))[:, 0]
@@ -302,6 +306,7 @@ def _averaged(
 
 
 def _known(memory: Memory, t: float) -> Mapping[str, Tensor]:
+    """The features kept of this time."""
     if t not in memory.features:
         raise InputError(f"the image was not looked at at t = {t:.6g}: use a solver that asks at the times of the grid")
     return memory.features[t]

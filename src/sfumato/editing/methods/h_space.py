@@ -22,8 +22,9 @@ class HSpace(Method):
     """Record the noise that draws the image, and draw again with it and h_t + scale v_t in the place of the features h_t.
 
     direction   a :class:`sfumato.editing.directions.Direction` (principal, mean_difference, ...), or the one that is given
-                to the edit, which `sfumato directions` may have learned. None finds one in the image itself: the singular vector number ``component`` of the Jacobian d x0 / d h at the recorded state nearest
-                to the time ``at``, as long as h is there, inside the mask if there is one
+                to the edit, which `sfumato directions` may have learned. None finds one in the image itself: the singular
+                vector number ``component`` of the Jacobian d x0 / d h at the recorded state nearest to the time ``at``, as
+                long as h is there, inside the mask if there is one
     scale       multiples of the direction; at 0 the image returns
     path        the submodule whose output is h, where the direction does not say it; default: the bottleneck
     strength    of the run: below 1 the noisiest part is skipped; eta: share of DDPM's noise

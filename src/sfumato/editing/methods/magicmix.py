@@ -24,7 +24,7 @@ from sfumato.core import (
     Wrapper,
     linear,
 )
-from sfumato.editing.base import Method, Task, register
+from sfumato.editing.base import Method, Task, check_steps, register
 from sfumato.pipeline import Pipeline
 
 UPDATES = ("mixed", "state")
@@ -137,6 +137,7 @@ def mix(
     states the publication does not say.
     """
     method = method or MagicMix()
+    check_steps(steps)
     if method.k_max == 1:
         raise InputError("k_max = 1 leaves no step in which the words could make a layout: give a time below 1")
     chosen = solvers.registry.make(solver) if isinstance(solver, str) else solver
@@ -145,7 +146,8 @@ def mix(
     denoiser = pipeline.guided(guidance)
     device = next((p.device for p in pipeline.denoiser.parameters()), torch.device("cpu"))
 
-    def context(text: str, part: int) -> Context:  # the second run draws other noise than the first
+    def context(text: str, part: int) -> Context:
+        """That of a run under this text; the second run draws other noise than the first."""
         own = core.mix(seed, part) if part else seed
         return Context.of(n, own, cond=pipeline.conditions(n, [text] * n, **(cond or {})), device=device)
 

@@ -152,6 +152,7 @@ class NullText(Method):
 
 
 def _led(guidance: Guidance, nulls: Mapping[float, Conditions]) -> Guidance:
+    """The guidance with its null conditions of each time."""
     return lambda denoiser: Nulls(guidance(denoiser), nulls)
 
 
