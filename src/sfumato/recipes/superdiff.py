@@ -23,6 +23,7 @@ from sfumato.recipes._pairs import PROMPTS, pairs, told
 from sfumato.recipes._small import Judge, digits, learn, pictures
 
 LAW, STOP, SIDES = VP(), 1e-3, (-1.5, 1.5)
+TEMPERATURE = 5.0  # of OR between learned networks, chosen on seeds 100, 102 and 103; exact ones have 1
 CITATION = """@inproceedings{skreta2025superposition,
   title = {The Superposition of Diffusion Models Using the It{\\^o} Density Estimator},
   author = {Skreta, Marta and Atanackovic, Lazar and Bose, Avishek Joey and Tong, Alexander and Neklyudov, Kirill},
@@ -70,7 +71,7 @@ def halves(seed: int, n: int = 1000, steps: int = 300) -> tuple[dict[str, Tensor
         models.append(learn(Denoising(net, weighting="eps", dropout=0.0), told, mix(seed, k), steps=600, size=192))
     judge = Judge(x[~unseen], labels[~unseen], seed)
     made = {
-        "OR": run(superpose(*models), (n, 64), steps, seed)[0],
+        "OR": run(superpose(*models, temperature=TEMPERATURE), (n, 64), steps, seed)[0],
         "one of the two each": torch.cat(
             [run(m, (n // 2, 64), steps, mix(seed, 2 + k))[0] for k, m in enumerate(models)]
         ),
@@ -157,6 +158,7 @@ def superdiff(seed: int) -> Findings:
         notes=f"NFE are a step. Emoji, judge: {', '.join(f'{k} {v:.1f}' for k, v in mean.items())}; AND minus averaging {gain.mean():.2f} "
         f"± {1.96 * error:.2f}. Digits in features of a classifier fitted here: {', '.join(f'{k} {v:.1f}' for k, v in distance.items())}. "
         "Taking one of the two networks at random for each item needs no densities and is a trivial rival of OR when both weigh the same; where OR stays behind it the likely reason is that "
-        "learned scores are no exact gradients, so that their log densities err before the two models part; exact models (the plane) show no such loss.",
+        "learned scores are no exact gradients, so that their log densities err before the two models part; exact models (the plane) show no such loss. "
+        f"A temperature of {TEMPERATURE:g} for the digits, which decides between the models earlier, was chosen on seeds 100, 102 and 103; the published 1 was at 1.27 times one each on seed 0.",
         picture=picture(flat, made, images, asked),
     )  # fmt: skip
