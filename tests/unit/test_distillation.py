@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from sfumato.core import Context, InputError
 from sfumato.core.errors import UnknownName
 from sfumato.denoisers import parametrized
 from sfumato.distillation import METHODS, distill
-from sfumato.distillation.activations import seen
+from sfumato.distillation.activations import Shown, seen
 from sfumato.distillation.job import answering
 from sfumato.distillation.smaller import slimmed
 from sfumato.pipeline import Pipeline, load
@@ -166,6 +167,26 @@ def test_features_of_the_teacher_are_of_mean_0_and_differentiable_and_of_the_sta
         seen(pipeline, "eyes", x, {})
 
 
+def test_features_of_what_is_shown_are_compared_as_a_mean_of_cut_and_uncut() -> None:
+    """<u, v> / 2d = (<cut u, cut v> + w^2 <u, v>) / ((1 + w^2) d): within [-1, 1] the body's own, beyond it a share of the slope."""
+    generator = torch.Generator().manual_seed(0)
+    body = nn.Linear(6, 5)
+    for scale in (0.2, 3.0):
+        u, v = (scale * torch.rand(2, 7, 6, generator=generator).mul(2).sub(1)).requires_grad_()
+        cut, uncut = (body(a.clamp(-1, 1)) @ body(b.clamp(-1, 1)).T / 5 if c else body(a) @ body(b).T / 5
+                      for a, b, c in ((u, v, True), (u, v, False)))  # fmt: skip
+        eyes = Shown(body, 0.5)
+        torch.testing.assert_close(eyes(u) @ eyes(v).T / 10, (cut + 0.25 * uncut) / 1.25)
+        if scale < 1:
+            torch.testing.assert_close(eyes(u) @ eyes(v).T / 10, body(u) @ body(v).T / 5)
+    x = torch.tensor([[-3.0, 0.4]], requires_grad=True)
+    (slope,) = torch.autograd.grad(Shown(nn.Identity(), 0.5)(x).sum(), x)
+    torch.testing.assert_close(slope[0, 0] / slope[0, 1], torch.tensor(1 / 3))
+    for wrong in (-0.1, math.inf):
+        with pytest.raises(InputError, match="share"):
+            Shown(body, wrong)
+
+
 def test_adapters_of_a_bundled_model_are_kept_alone(tmp_path: Path) -> None:
     made = distill(load("digits"), "lcm-lora", 2, out=tmp_path, model="digits", rank=2, **QUICK)
     assert made.card["cost"]["kept as"] == "an adapter of digits alone"
@@ -218,9 +239,32 @@ def test_what_cannot_be_is_said() -> None:
         ({"method": "segments", "data": pictures()}, "leave data= out"),
         ({"method": "mmd-ddm", "data": pictures()}, "need a field 'prompt'"),
         ({"method": "mmd-ddm", "data": {"x": pictures(side=8), "prompt": list("abcabcabc")}}, "resize them"),
+        ({"method": "mmd-ddm", "data": {"x": pictures().float(), "prompt": list("abcabcabc")}}, r"floats in \[-1, 1\]"),
+        (
+            {"method": "mmd-ddm", "data": {"x": pictures() * math.nan, "prompt": list("abcabcabc")}},
+            "run from nan to nan",
+        ),
+        ({"iteration": 5}, "did you mean iterations"),
+        ({"steps": 2.0}, "steps = 2.0: a whole number"),
+        ({"batch": "4"}, "batch = '4': a whole number"),
+        ({"resume": True, "seed": True}, "seed = True: a whole number"),
+        ({"lr": math.nan}, "lr = nan: a finite number"),
+        ({"guidance": math.inf}, "guidance = inf: a finite number"),
+        ({"features": 3}, "features = 3: a name"),
+        ({"prompts": []}, "a text or several"),
+        ({"prompts": ["a", 3]}, "a text or several"),
+        ({"prompts": 3}, "a text or several"),
     ):
         with pytest.raises(InputError, match=text):
             distill(teacher(), **{"cpu": True, **wrong})
+
+
+def test_one_prompt_is_no_list_of_its_letters() -> None:
+    """'ab' is one text, which this model does not know; its letters would be two classes that it does."""
+    with pytest.raises(InputError, match="'ab'"):
+        distill(teacher(), prompts="ab", **QUICK)
+    one, same = (distill(teacher(), steps=2, prompts=p, scores=False, **QUICK).denoiser for p in ("a", ["a"]))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), same.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("method", ["segments", "lcm-lora", "boot", "slimflow", "mmd-ddm"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,30 @@ class Standardised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.body(x) - self.shift) / self.scale  # type: ignore[no-any-return]
+
+
+class Shown(nn.Module):
+    """Features (B, 2 d) of states as they are shown, cut off at [-1, 1], and with a lesser weight as they are.
+
+    sqrt(2 / (1 + w^2)) (f(clamp(x)), w f(x)), so that an inner product over 2 d is the mean, with weights 1 and w^2, of those of
+    cut and of uncut states over d. Pictures are cut off at black and white: means of features of uncut states can be matched by
+    values that are then cut off, and features of cut ones alone let states run away.
+
+    body   features (B, d) of states
+    share  w
+
+    Raises InputError for a negative share.
+    """
+
+    def __init__(self, body: nn.Module, share: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= share < math.inf:
+            raise InputError(f"share = {share}: a finite weight, not negative")
+        self.body, self.share = body, share
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([self.body(x.clamp(-1, 1)), self.share * self.body(x)], 1)
+        return both * math.sqrt(2 / (1 + self.share**2))
 
 
 class Activations(nn.Module):
@@ -109,7 +134,8 @@ def seen(pipeline: Pipeline, name: str, data: Tensor, raw: dict[str, Any]) -> nn
 
 
 def _averaged(h: Tensor, x: Tensor) -> Tensor:
+    """What a submodule says of x, as maps (B, C, CELLS, CELLS)."""
     return F.adaptive_avg_pool2d(features.as_maps(h, x), CELLS)
 
 
-__all__ = ["Activations", "Extracted", "Standardised", "places", "seen"]
+__all__ = ["Activations", "Extracted", "Shown", "Standardised", "places", "seen"]

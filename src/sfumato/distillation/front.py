@@ -32,7 +32,7 @@ def distill(
     steps: int = 4,
     *,
     data: Any = None,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     cond: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: bool = True,
@@ -63,7 +63,7 @@ def distill(
               'tad-sr'                 one step of a restoration model, on ``data``
     data      pictures for the last three, and instead of the teacher's samples for those that learn from samples: see
               :class:`sfumato.distillation.pictures.Pictures`
-    prompts   what the student shall know (default: the model's classes or its table of captions)
+    prompts   what the student shall know, a text or several (default: the model's classes or its table of captions)
     cond      raw conditions as in ``Pipeline.generate``, the same for all items or one a prompt
     out       folder of trajectories, checkpoints and the result; a distillation in it goes on bit for bit
     scores    measure the student for the card: how far it and the teacher at equal calls are from the teacher's fine ends; with
@@ -74,14 +74,19 @@ def distill(
     The card of the result says teacher, method and cost. A pipeline from diffusers gives one whose ``source`` is a diffusers
     pipeline with the student in it. Raises InputError for what a method cannot serve.
     """
-    chosen = Settings(method=method, steps=steps, **settings)
+    chosen = Settings.of(method, steps, settings)
     folder = None if out is None else Path(out)
-    job = Job(pipeline, chosen, prompts, dict(cond or {}), data)
+    job = Job(pipeline, chosen, _texts(prompts), dict(cond or {}), data)
     if data is not None and METHODS[method].reads not in ("data", "restored", "x"):
         raise InputError(f"{method} learns from the teacher alone: leave data= out")
+    return _made(job, folder, scores, model, {"resume": resume, "cpu": cpu, "progress": progress})
+
+
+def _made(job: Job, folder: Path | None, scores: bool, model: str, how: Mapping[str, Any]) -> Pipeline:
+    """The student taught, bundled, measured and kept."""
     began = time.perf_counter()
-    fit = {"progressive": _halved, "slimflow": _slimmed}.get(method, _fitted)
-    student, facts, adapter = fit(job, folder, {"resume": resume, "cpu": cpu, "progress": progress})
+    fit = {"progressive": _halved, "slimflow": _slimmed}.get(job.settings.method, _fitted)
+    student, facts, adapter = fit(job, folder, how)
     facts |= {"minutes": round((time.perf_counter() - began) / 60, 2)}
     alone = adapter is not None and model in bundled_names()
     made = bundled(job, student, model, facts | ({"kept as": _kept(alone, model)} if adapter is not None else {}))
@@ -92,11 +97,23 @@ def distill(
     return made
 
 
+def _texts(prompts: str | Sequence[str] | None) -> list[str] | None:
+    """One prompt or several as a list; InputError where there is none in it, or something else than a text."""
+    if prompts is None:
+        return None
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"prompts = {prompts!r}: a text or several, or None for all that the model knows")
+    return list(texts)
+
+
 def _kept(alone: bool, model: str) -> str:
+    """How the card says an adapter is kept."""
     return f"an adapter of {model} alone" if alone else "a whole network, its adapter beside it"
 
 
 def _trainer(job: Job, objective: Objective, data: Any, out: Path | None, how: Mapping[str, Any]) -> Trainer:
+    """The Trainer of one objective, with the rate and the momenta of the method."""
     s, method = job.settings, METHODS[job.settings.method]
     kept = ("method", "steps", "batch", "trajectories", "calls", "guidance", "rank")
     return Trainer(
@@ -107,6 +124,7 @@ def _trainer(job: Job, objective: Objective, data: Any, out: Path | None, how: M
 
 
 def _fitted(job: Job, out: Path | None, how: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any]:
+    """(student, facts, adapter or None) of one training; adapters are merged, a gamma is settled at 1."""
     method = METHODS[job.settings.method]
     objective = method.make(job)  # refuses before anything is made
     trainer = _trainer(job, objective, job.reading(out, method.reads), out, how)
@@ -140,20 +158,25 @@ def _halved(job: Job, out: Path | None, how: Mapping[str, Any]) -> tuple[Any, di
 def _slimmed(job: Job, out: Path | None, how: Mapping[str, Any]) -> tuple[Any, dict[str, Any], None]:
     """SlimFlow: a small flow by annealing reflow, and for one step its distillation from pairs and its own moves."""
     data = job.reading(out, "pairs")
-    parts: list[tuple[str, Any]] = [("reflow", METHODS["slimflow"].make)]
-    if job.settings.steps == 1:
-        parts.append(("distilled", lambda job: FlowGuided(copy.deepcopy(last).requires_grad_().train(), last)))
     facts: dict[str, Any] = {"iterations": 0, "training seconds": 0.0}
-    for name, make in parts:
-        trainer = _trainer(job, make(job), data, None if out is None else out / name, how)
-        last: Any = trainer.fit(how["resume"])["student"]
+
+    def part(name: str, objective: Objective) -> Any:
+        """The student of one part, its cost added to the facts."""
+        trainer = _trainer(job, objective, data, None if out is None else out / name, how)
+        student = trainer.fit(how["resume"])["student"]
         facts["iterations"] += trainer.it
         facts["training seconds"] = round(facts["training seconds"] + trainer.seconds, 1)
+        return student
+
+    last = part("reflow", METHODS["slimflow"].make(job))
+    if job.settings.steps == 1:
+        last = part("distilled", FlowGuided(copy.deepcopy(last).requires_grad_().train(), last))
     sizes = [sum(p.numel() for p in d.parameters()) for d in (job.pipeline.denoiser, last)]
     return last, facts | {"parameters of the teacher": sizes[0], "parameters": sizes[1]}, None
 
 
 def _subdivided(times: Sequence[float], parts: int) -> list[float]:
+    """Each interval in so many equal ones."""
     inner = [a + (b - a) * k / parts for a, b in zip(times, times[1:], strict=False) for k in range(parts)]
     return [*inner, times[-1]]
 

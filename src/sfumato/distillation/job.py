@@ -152,6 +152,7 @@ class Job:
         every = self.settings.teacher_calls // self.settings.steps
 
         def transform(batch: dict[str, Any]) -> dict[str, Any]:
+            """A batch in that form, with its conditions."""
             states = batch["states"]
             fields = {"states": states[:, ::every], "pairs": states[:, [0, -1]], "x": states[:, -1]}
             cond = batch["cond"] if "cond" in batch else self.conditions(batch["index"].tolist())

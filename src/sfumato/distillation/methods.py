@@ -46,14 +46,17 @@ class Method:
 
 
 def _segments(job: Job) -> Objective:
+    """The teacher's stored moves between the student's times."""
     return Segments(job.student, job.times, read="native")
 
 
 def _rectified(job: Job) -> Objective:
+    """The same first-order move from every state within a segment."""
     return Segments(job.student, job.times, inside=1.0, metric="huber")
 
 
 def _reflow(job: Job) -> Objective:
+    """Flow matching on the teacher's pairs."""
     if job.pipeline.denoiser.predicts != "flow":
         raise InputError("reflow is for models that predict 'flow': 'rectified-diffusion' is the same for any other")
     return Segments(job.student, [1.0, 0.0], inside=1.0, read="native")
@@ -64,31 +67,41 @@ def _slimflow(job: Job) -> Objective:
     return AnnealingReflow(job.small(), warmup=max(1, job.settings.iterations // 2))
 
 
-def _consistency(job: Job, **options: Any) -> Objective:
-    times = grids.get("arc")(job.pipeline.process, 4 * job.settings.teacher_calls, job.times[0], 0.0).tolist()
-    return Consistency(job.student, times, job.teacher, skip=2, substeps=2, **options)
+def _dense(job: Job) -> list[float]:
+    """The times of consistency: four times as many as the teacher's."""
+    times: list[float] = grids.get("arc")(
+        job.pipeline.process, 4 * job.settings.teacher_calls, job.times[0], 0.0
+    ).tolist()
+    return times
+
+
+def _consistency(job: Job) -> Objective:
+    """Sub-paths of two of those, in two steps of the guided teacher."""
+    return Consistency(job.student, _dense(job), job.teacher, skip=2, substeps=2)
 
 
 def _training(job: Job) -> Objective:
-    times = grids.get("arc")(job.pipeline.process, 4 * job.settings.teacher_calls, job.times[0], 0.0).tolist()
-    return Consistency(job.student, times, skip=2)
+    """The same sub-paths between data with the same noise."""
+    return Consistency(job.student, _dense(job), skip=2)
 
 
 def _lcm(job: Job) -> Objective:
+    """Latent consistency on 50 times, the scale of guidance drawn from a range."""
     times = grids.get("uniform")(job.pipeline.process, 50, job.times[0], 0.0).tolist()
     span = (max(job.scale / LCM_RANGE, 1.0), job.scale * LCM_RANGE) if job.scale != 1 else None
     return Consistency(job.student, times, job.pipeline.denoiser, guidance=span, boundary="lcm")
 
 
 def _slam(job: Job) -> Objective:
-    student = job.student
-    job.__dict__["student"] = rewrapped(student, with_scalars(student.net, {"gamma": 1.0}))
+    """Sub-paths of a tenth of the time, along which a student told gamma says the same."""
+    student = rewrapped(job.student, with_scalars(job.student.net, {"gamma": 1.0}))
     high = _noisiest(job.pipeline.process)
     times = grids.get("uniform")(job.pipeline.process, 50, high, 0.0).tolist()
-    return Consistency(job.student, times, job.teacher, skip=5, substeps=2, gamma="uniform")
+    return Consistency(student, times, job.teacher, skip=5, substeps=2, gamma="uniform")
 
 
 def _matching(job: Job) -> Objective:
+    """A critic that begins as the teacher; pairs beside it where the student has one step."""
     times, critic = [*job.times[:-1], 0.0], job.copied().train()
     return DistributionMatching(
         job.student, job.teacher, critic, times, pairs=1.0 if len(times) == 2 else 0.0, shape=job.shape
@@ -96,6 +109,7 @@ def _matching(job: Job) -> Objective:
 
 
 def _boot(job: Job) -> Objective:
+    """The teacher's trajectory from noise, in the signal."""
     return Bootstrap(answering(job.student), job.teacher, job.shape)
 
 

@@ -25,8 +25,8 @@ class Pictures:
            the model's own operator where it is not given, with noise that is a function of (seed, index)
     raw    conditions that are the same for all
 
-    Codes of a latent model are the codec's means. Raises InputError for pictures of another size, and where the model reads
-    prompts that are not there.
+    Codes of a latent model are the codec's means. Raises InputError for pictures of another size, for floats of another range
+    (when they are read), and where the model reads prompts that are not there.
     """
 
     def __init__(self, pipeline: Pipeline, given: Any, raw: Mapping[str, Any], seed: int) -> None:
@@ -45,7 +45,7 @@ class Pictures:
         """Those items."""
         rows = list(indices)
         fields = dict(self.dataset.batch(rows))
-        x: Tensor = self.pipeline.codec.encode(fields["x"])
+        x = self._encoded(fields["x"])
         return {"x": x, "cond": self._told(fields, rows), "index": torch.tensor(rows)}
 
     def conditions(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -54,15 +54,24 @@ class Pictures:
         with torch.no_grad():
             return self._told(dict(self.dataset.batch(rows)), rows)
 
+    def _encoded(self, x: Tensor) -> Tensor:
+        """The pictures as states. InputError for floats that are none in [-1, 1], which an enlargement may overshoot by half."""
+        if x.is_floating_point() and not bool((x.abs() <= 1.5).all()):
+            low, high = float(x.min()), float(x.max())
+            raise InputError(f"the pictures run from {low:g} to {high:g}: give uint8, or floats in [-1, 1]")
+        return self.pipeline.codec.encode(x)  # type: ignore[no-any-return]
+
     def _told(self, fields: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        """The conditions of these items: from prompts and raw ones, a degraded picture made where there is none."""
         x, prompts = fields.pop("x"), fields.pop("prompt", None)
         conditioner = self.pipeline.conditioner
         if isinstance(conditioner, Degraded) and "image" not in fields:
             streams = Streams.of([mix(self.seed, 6, i) for i in rows], len(rows))
-            fields["image"] = conditioner.degraded(self.pipeline.codec.encode(x), Context(rng=streams, batch=len(rows)))
+            fields["image"] = conditioner.degraded(self._encoded(x), Context(rng=streams, batch=len(rows)))
         return self.pipeline.conditions(len(rows), prompts, **{**self.raw, **fields})
 
     def _check(self, first: Mapping[str, Any]) -> None:
+        """InputError where an item lacks pictures of the pipeline's size, or what the model reads."""
         if "x" not in first:
             raise InputError(f"the data have no pictures: a field 'x' is wanted, there are {sorted(first)}")
         x, size = first["x"], self.pipeline.size

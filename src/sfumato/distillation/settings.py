@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import math
+from dataclasses import dataclass, fields
+from typing import Any
 
 from sfumato.core import InputError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a distillation is told; the keys of ``sfumato distill --set``.
+    """What a distillation is told; the keys of ``sfumato distill --set``. Raises InputError for what none can be told.
 
     steps         of the student, one call each
     iterations, batch, ema, seed   of the training (progressive and slimflow: of each of their parts)
@@ -51,6 +54,7 @@ class Settings:
     def __post_init__(self) -> None:
         from sfumato.distillation.methods import METHODS
 
+        self._check_types()
         if self.method not in METHODS:
             raise InputError(f"method = {self.method!r}: one of {', '.join(METHODS)}")
         method = METHODS[self.method]
@@ -68,6 +72,30 @@ class Settings:
             raise InputError(f"steps = {self.steps}: students of {self.method} sample in one call, steps = 1")
         if self.rank and method.whole:
             raise InputError(f"rank = {self.rank}: {self.method} changes the network itself, so it trains all weights")
+
+    @staticmethod
+    def of(method: str, steps: int, others: dict[str, Any]) -> Settings:
+        """Settings by name. Raises InputError, with the names there are, for another one."""
+        known = [f.name for f in fields(Settings) if f.name not in ("method", "steps")]
+        for name in others:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise InputError(f"no setting {name!r}{hint}; there are: {', '.join(known)}")
+        return Settings(method=method, steps=steps, **others)
+
+    def _check_types(self) -> None:
+        """Whole numbers where the default is one, finite numbers, and names."""
+        for f in fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            if kind is str:
+                right, wanted = isinstance(value, str), "a name"
+            elif kind is int:
+                right, wanted = type(value) is int, "a whole number"
+            else:
+                right, wanted = type(value) in (int, float) and math.isfinite(value), "a finite number"
+            if not right:
+                raise InputError(f"{f.name} = {value!r}: {wanted}")
 
     @property
     def teacher_calls(self) -> int:

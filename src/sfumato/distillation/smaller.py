@@ -36,6 +36,7 @@ def slimmed(net: Any, share: float, seed: int = 0) -> Any:
 
 
 def _narrow(config: dict[str, Any], share: float) -> dict[str, Any]:
+    """The configuration of a network of the library, its widths multiplied."""
     unit = math.lcm(8, 4 * (config.get("heads") or 1))
     for name in ("width", "embedding_width", "context_width"):
         if config.get(name):
@@ -44,6 +45,7 @@ def _narrow(config: dict[str, Any], share: float) -> dict[str, Any]:
 
 
 def _narrow_diffusers(config: dict[str, Any], share: float) -> dict[str, Any]:
+    """The configuration of a model of diffusers: fewer channels a block, or fewer heads."""
     if "block_out_channels" in config:
         heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 1
         heads = heads if isinstance(heads, int) else math.lcm(*heads)

@@ -79,6 +79,7 @@ class DenoisingGAN(Objective):
         return Loss(fool + self.regress * error, {"fool": fool.detach(), "error": error.detach()})
 
     def _judged(self, low: Tensor, made: Tensor, high: Tensor, t: Tensor, ctx: Context) -> Loss:
+        """The loss of the critic, with the penalty of its slope where that is due."""
         penalised = bool(self.r1) and ctx.run.step % self.lazy == 0 and torch.is_grad_enabled()
         low = low.detach().requires_grad_(penalised)
         with _differentiable(penalised):
@@ -93,5 +94,6 @@ class DenoisingGAN(Objective):
         return Loss(loss, terms)
 
     def _says(self, low: Tensor, high: Tensor, t: Tensor, ctx: Context) -> Tensor:
+        """The logits (B,) of pairs."""
         told = {k: v for k, v in ctx.cond.items() if k in getattr(self.critic, "accepts", ())}
         return self.critic(low, high, t.to(low), **told).flatten()  # type: ignore[no-any-return]

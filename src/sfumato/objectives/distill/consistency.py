@@ -150,6 +150,7 @@ class Consistency(Objective):
         return self._times[n], self._times[(n + self.skip).minimum(end)], self._times[end]
 
     def _scale(self, ctx: Context, n: int) -> float | Tensor | None:
+        """The guidance of each item."""
         if not isinstance(self.guidance, tuple):
             return self.guidance
         low, high = self.guidance
@@ -186,6 +187,7 @@ class Consistency(Objective):
         return sigma**-power / (every**-power).mean().to(sigma.device)
 
     def _told(self, cond: Mapping[str, Any], share: float | Tensor, like: Tensor) -> Mapping[str, Any]:
+        """The conditions, with gamma beside them where the student reads it."""
         if self.gamma == 1:
             return cond
         value = share.to(like) if isinstance(share, Tensor) else torch.full((len(like),), share).to(like)

@@ -82,6 +82,7 @@ class DistributionMatching(Objective):
         return self._critic(batch, ctx) if player == "critic" else self._student(batch, ctx)
 
     def _student(self, batch: Mapping[str, Any], ctx: Context) -> Loss:
+        """The loss whose gradient in the sample is fake - real, and that of the pairs."""
         total, terms = torch.zeros(()), {}
         if self.matching:
             y = self._sample(batch, ctx)
@@ -96,6 +97,7 @@ class DistributionMatching(Objective):
         return Loss(total, terms)
 
     def _critic(self, batch: Mapping[str, Any], ctx: Context) -> Loss:
+        """Denoising of the student's samples."""
         process = self.critic.process
         with torch.no_grad():
             y = self._sample(batch, ctx)
@@ -109,6 +111,7 @@ class DistributionMatching(Objective):
 
     @torch.no_grad()
     def _gradient(self, y: Tensor, ctx: Context) -> Tensor:
+        """(fake - real) / mean |y - real| at a drawn level of noise."""
         process = self.critic.process
         t = self.levels(process, ctx.rng)[0].to(y.device)  # type: ignore[arg-type]
         x, _ = process.corrupt(y, t, ctx)
@@ -135,9 +138,11 @@ class DistributionMatching(Objective):
         return self.student(x, self._times.to(x.device)[at], ctx.fork("sample")).mean  # type: ignore[no-any-return]
 
     def _start(self, x: Tensor, k: int = 0) -> Tensor:
+        """The k-th time, one an item."""
         return self._times[k].to(x.device).expand(len(x))
 
     def _pair(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Noise and sample. InputError where the batch has none."""
         states = batch.get("states")
         if states is None or states.shape[1] != 2:
             raise InputError(

@@ -35,6 +35,7 @@ def squared_mmd(x: Tensor, y: Tensor, kernel: str = "cubic") -> Tensor:
         raise InputError(f"features {tuple(x.shape)} and {tuple(y.shape)}: (n, d) and (m, d) of at least two items")
 
     def among(z: Tensor) -> Tensor:
+        """The mean over pairs of different items."""
         k = gram(z, z, kernel)
         return (k.sum() - k.diagonal().sum()) / (len(z) * (len(z) - 1))
 

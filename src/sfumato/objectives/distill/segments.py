@@ -112,6 +112,7 @@ class Segments(Objective):
         return Loss(error.mean() + self.seen * looks, {"error": error.detach().mean(), "looks": looks.detach()})
 
     def _error(self, post: Posterior, x0: Tensor, noise: Tensor, y: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        """(B,) distances of what is compared, at its weight."""
         process = self.student.process
         if self.read == "end":
             e = process.coef(end)
@@ -122,6 +123,7 @@ class Segments(Objective):
         return each * weight(self.weighting, post.kind, post.coef, **self.numbers) if self.read == "native" else each
 
     def _inside(self, start: Tensor, end: Tensor, ctx: Context) -> Tensor:
+        """The time of each item: within its segment, or the start."""
         if not self.inside:
             return start
         which, place = (unit(streams(ctx)).to(start.device) for _ in range(2))

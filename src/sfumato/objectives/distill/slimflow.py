@@ -58,6 +58,7 @@ class AnnealingReflow(Segments):
     def _ends(
         self, batch: Mapping[str, Any], segment: Tensor, start: Tensor, end: Tensor, ctx: Context
     ) -> tuple[Tensor, Tensor]:
+        """The pair, its noise mixed with fresh noise as the schedule says."""
         x, y = super()._ends(batch, segment, start, end, ctx)
         process = self.student.process
         scale, fresh = process.coef(1.0).sigma, ctx.draw(process.space, x)
@@ -134,6 +135,7 @@ class FlowGuided(Objective):
         return Loss(pairs + self.guided * guided, {"pairs": pairs.detach(), "guided": guided.detach()})
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """A scalar in pixels or in features."""
         if isinstance(self.metric, str):
             return distance(a, b, self.metric, self.scale).mean()
         with torch.no_grad():

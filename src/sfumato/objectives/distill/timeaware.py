@@ -80,6 +80,7 @@ class TimeAware(Objective):
         return self._judged(batch["x"], made, ctx) if player == "critic" else self._student(made, end, ctx)
 
     def _student(self, made: Tensor, end: Tensor, ctx: Context) -> Loss:
+        """The loss of the student, the critic as it is."""
         total = distance(made, end).mean()
         terms = {"end": total.detach()}
         if self.detail:
@@ -93,6 +94,7 @@ class TimeAware(Objective):
         return Loss(total, terms)
 
     def _detail(self, made: Tensor, end: Tensor, ctx: Context) -> Tensor:
+        """How far apart the teacher sees what is made and where its run ends, noised alike."""
         process, t = self.teacher.process, self._times(self.levels, made, ctx)
         noise = ctx.draw(process.space, made)
         said = [
@@ -102,6 +104,7 @@ class TimeAware(Objective):
         return distance(said[0], said[1].detach()).mean()
 
     def _judged(self, real: Tensor, made: Tensor, ctx: Context) -> Loss:
+        """The hinge loss of the critic."""
         t, noise = self._times(self.noised, real, ctx), ctx.draw(self.teacher.process.space, real)
         with torch.no_grad():
             seen = [self._maps(x, t, noise, ctx) for x in (real, made)]
@@ -134,6 +137,7 @@ class TimeAware(Objective):
         return start, moved(self.teacher, solvers.get("ddim"), start, t, 0 * t, self.steps, ctx)  # type: ignore[arg-type]
 
     def _times(self, levels: Times, x: Tensor, ctx: Context) -> Tensor:
+        """One drawn time an item."""
         return levels(self.teacher.process, streams(ctx))[0].to(x.device)
 
 
