@@ -175,6 +175,21 @@ def test_the_two_samplers_agree_where_the_equation_holds_and_not_elsewhere() -> 
     assert found["wrong"].distance == pytest.approx(abs(ode - one), rel=0.1)
 
 
+def test_twice_the_steps_can_follow_the_same_brownian_paths() -> None:
+    """With ``halves`` the noise of a step is that of its parts: what differs between the ends is the steps' error, of order 1."""
+    law = VP()
+    data = sf.oracles.Gaussian([0.0, 0.0], 0.7).denoiser(law)
+    options = {"parts": 1, "distance": _sorted, "stop": 1e-3, "seed": 3}
+    ends = {n: ode_sde_gap(data, (2000, 2), steps=n, halves=400 // n, **options).sde for n in (100, 200, 400)}
+    other = ode_sde_gap(data, (2000, 2), steps=400, **(options | {"seed": 4})).sde
+    apart = [float((ends[n] - ends[400]).square().mean().sqrt()) for n in (100, 200)]
+    assert apart[0] < 0.1 * float((other - ends[400]).square().mean().sqrt())
+    assert apart[1] < 0.6 * apart[0]
+    assert ends[100].std() == pytest.approx(0.7**0.5, rel=0.05)
+    with pytest.raises(InputError, match="halves"):
+        ode_sde_gap(data, (4, 2), halves=0)
+
+
 def _sorted(x: Tensor, y: Tensor) -> float:
     return math.sqrt(float((x.flatten().sort().values - y.flatten().sort().values).square().mean()))
 

@@ -44,6 +44,13 @@ def test_an_inconsistent_stencil_diverges_on_thick_cells() -> None:
         Slab(width=600, cells=60, ratio=0.99).solve(1.0, "centred", most=40)
 
 
+def test_without_a_source_there_is_nothing_and_no_iteration_is_no_answer() -> None:
+    phi, iterations = Slab(cells=10).solve(0.0)
+    assert iterations == 1 and bool((phi == 0).all())
+    with pytest.raises(InputError, match="at least one"):
+        Slab(cells=10).solve(1.0, most=0)
+
+
 def test_impossible_slabs_are_refused() -> None:
     for wrong in ({"ratio": 1.0}, {"angles": 3}, {"cells": 1}, {"width": 0.0}):
         with pytest.raises(InputError):

@@ -135,6 +135,9 @@ def test_wrong_requests_say_what_is_allowed(tmp_path):
         quick(p, method="best")
     with pytest.raises(InputError, match="fewer than the fine"):
         sf.tune(p, 64)
+    for wrong in ({"items": 1}, {"unseen": 1}, {"budget": 0}, {"rehearsals": -1}):
+        with pytest.raises(InputError, match="at least"):
+            sf.tune(p, 5, **wrong)
     with pytest.raises(InputError, match="shape of one item"):
         sf.tune(DENOISER, 5)
     with pytest.raises(InputError, match="as a spec"):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sfumato import grids, networks, oracles, processes, solvers
 from sfumato.core import Context, InputError, Streams, mix, sample, trajectory
 from sfumato.denoisers import parametrized
+from sfumato.solvers._integral import reading
 from sfumato.solvers.exponential import Multistep
 from sfumato.solvers.scheduled import Move, Scheduled, Subspace
 from sfumato.tuning import search, steps, subspace
@@ -135,6 +136,39 @@ def test_least_squares_through_the_factor_is_numpys():
     columns = np.stack([v.flatten().numpy() for v in (*recorded, *told)], 1)
     found = np.linalg.lstsq(columns, t.ends.flatten().numpy(), rcond=None)[0]
     assert np.allclose(made.solver.rows[-1], found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", subspace.ROWS)
+def test_every_reading_is_fitted_in_the_coordinates_of_the_record(form):
+    """What the factor says of a reading is what the belief says of it: their inner products with the ends agree."""
+    t = target("vp", steps=20)
+    for k in (3, 11):
+        post = t.denoiser(t.states[k], t.times[k], Context.of(len(t.x)))
+        straight = float((reading(post, form).double() * t.ends.double()).sum())
+        kept = float(subspace._reading(t, k, form) @ t.factor[:, -1])
+        assert abs(kept - straight) < 1e-6 * max(1.0, abs(straight))
+    assert subspace.fit(t, 4, form=form, path="uniform").solver.form == form
+
+
+def test_a_reading_that_is_none_is_refused():
+    with pytest.raises(InputError, match="one of noise, data, v, line, flow"):
+        subspace.fit(target("vp", steps=6), 2, form="eps")
+
+
+def test_the_even_grid_is_a_subset_of_its_size_and_evolution_starts_from_it():
+    for pool in range(1, 30):
+        for count in range(1, pool + 1):
+            indices = steps.StepSpace(pool, count).even().indices
+            assert indices[0] == 0 and len(set(indices)) == count and max(indices) < pool
+    space = steps.StepSpace(40, 4)
+    wanted = (0, 7, 22, 31)
+
+    def fitness(one):
+        return float(sum(abs(a - b) for a, b in zip(one.indices, wanted, strict=True)))
+
+    found = steps.evolve(fitness, space, budget=300, population=20, nudges=True)
+    assert found.tried[0][0] == space.even() and len(found.tried) <= 300
+    assert found.progress[-1] <= 0.2 * fitness(space.even())
 
 
 def test_the_searched_path_has_the_least_worst_fit_of_greedy_ones_and_obeys_its_budget():

@@ -43,6 +43,7 @@ class Margin:
 
 
 def _margin(logits: Tensor, label: Any) -> Tensor:
+    """l_k - max_(c != k) l_c of each item, (B,)."""
     k = torch.as_tensor(label, device=logits.device).expand(len(logits))
     if bool(((k < 0) | (k >= logits.shape[1])).any()):
         raise InputError(f"label = {label}: a class from 0 to {logits.shape[1] - 1}")
@@ -51,6 +52,7 @@ def _margin(logits: Tensor, label: Any) -> Tensor:
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether two classifiers are one: the same object, or modules of equal tensors."""
     if a is b:
         return True
     if not (isinstance(a, nn.Module) and isinstance(b, nn.Module)):
@@ -99,6 +101,7 @@ class Shell:
 
 
 def _unit(z: Tensor) -> Tensor:
+    """Items (B, *) scaled to norm 1."""
     size = z.flatten(1).norm(dim=1).clamp(min=torch.finfo(z.dtype).tiny)
     return z / size.view(-1, *[1] * (z.ndim - 1))
 
@@ -181,6 +184,7 @@ def random_latents(
 
 @torch.no_grad()
 def _failures(generate: Generator, cond: Mapping[str, Any], score: Margin, shell: Shell, found: Any) -> Failures:
+    """A search's best noises with their samples, and whether these are failures of typical noise."""
     x = found.values["x"]
     samples = generate(x, cond)
     return Failures(x, found.loss, samples, score.rejected(samples) & shell.typical(x), found.history)
@@ -193,7 +197,7 @@ def stability(
 ) -> Tensor:  # fmt: skip
     """The share of ``tries`` perturbations x + delta N(0, I), put back on the sphere, that fail as well, (B,): a failure is a
     region of the noise and no point."""
-    streams, shell, share = Streams.of(seed, len(x)), Shell(), torch.zeros(len(x))
+    streams, shell, share = Streams.of(seed, len(x)), Shell(), x.new_zeros(len(x), dtype=torch.float32)
     for i in range(tries):
         streams.at(i + 1)
         share += failed(generate(shell.project(x + delta * streams.normal(x)), cond)).float() / tries
@@ -236,14 +240,7 @@ def prompt_search(
     Source: Liu, Kortylewski, Bai, Bai, Yuille, 2024, "Discovering Failure Modes of Text-guided Diffusion Models via Adversarial
     Search" (their policy asks a language model for natural words; here the words of the slots are natural by construction).
     """
-    if (
-        len(slots) != template.count("{}")
-        or len(start) != len(slots)
-        or any(w not in s for w, s in zip(start, slots, strict=True))
-    ):
-        raise InputError(
-            f"{template!r} needs one list of words a slot, and a start among them: got {len(slots)} lists, start {list(start)}"
-        )
+    _worded(template, slots, start)
     draw, now, tried, spent, idle, turn = torch.Generator().manual_seed(seed), list(start), {}, 1.0, 0, 0
 
     def measured(words: Sequence[str]) -> float:
@@ -273,6 +270,15 @@ def prompt_search(
     return Worded(template.format(*now), tried[template.format(*now)], tried)
 
 
+def _worded(template: str, slots: Sequence[Sequence[str]], start: Sequence[str]) -> None:
+    """InputError unless there is a list of words for each slot, and a start among them."""
+    fits = len(slots) == template.count("{}") == len(start)
+    if not fits or any(w not in words for w, words in zip(start, slots, strict=True)):
+        raise InputError(
+            f"{template!r} needs one list of words a slot, and a start among them: got {len(slots)} lists, start {list(start)}"
+        )
+
+
 def _first_order(
     loss: Callable[[Mapping[str, Any]], Tensor],
     conditions: Callable[[Sequence[str]], Mapping[str, Tensor]],
@@ -285,7 +291,7 @@ def _first_order(
     with torch.enable_grad():
         slopes = torch.autograd.grad(loss({**own, **leaves}).sum(), list(leaves.values()), allow_unused=True)
     theirs = conditions(others)
-    total = torch.zeros(len(others))
+    total = torch.zeros(len(others), device=next(iter(theirs.values())).device)
     for (name, value), slope in zip(leaves.items(), slopes, strict=True):
         if slope is not None:
             total += ((theirs[name] - value.detach()) * slope).flatten(1).sum(1)

@@ -52,6 +52,7 @@ def score_residual(
 
 
 def _gradient(scalar: Tensor, of: Tensor, create_graph: bool = False) -> Tensor:
+    """d scalar / d of, 0 where there is no dependence."""
     if not scalar.requires_grad:
         return torch.zeros_like(of)
     (found,) = torch.autograd.grad(scalar, of, retain_graph=True, create_graph=create_graph, materialize_grads=True)
@@ -80,12 +81,17 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     return math.sqrt(float(cost[torch.from_numpy(rows), torch.from_numpy(columns)].mean()))
 
 
-def _of_one_stream(shape: tuple[int, ...], seed: int, denoiser: Denoiser, cond: Mapping[str, Any] | None) -> Context:
-    """A context whose noise comes from one generator: a stream an item would cost more than small networks do."""
+def _of_one_stream(
+    shape: tuple[int, ...], seed: int, denoiser: Denoiser, cond: Mapping[str, Any] | None, halves: int = 1
+) -> Context:
+    """A context whose noise comes from one generator: a stream an item would cost more than small networks do. The noise of a
+    step is the scaled sum of that many draws; the start is one."""
     rng, device = torch.Generator().manual_seed(seed), next((p.device for p in denoiser.parameters()), "cpu")
+    counts = iter([1])
 
     def source(ctx: Context, fresh: Callable[[], Any]) -> Tensor:
-        return torch.randn(shape, generator=rng).to(device)
+        count = next(counts, halves)
+        return sum(torch.randn(shape, generator=rng) for _ in range(count)).to(device) / count**0.5  # type: ignore[union-attr]
 
     return Context.of(shape[0], seed, cond=dict(cond or {}), source=source, device=device)
 
@@ -118,6 +124,7 @@ class Tabulated(Denoiser):
         return Posterior(score - (x - inside) / (c.alpha**2 + c.sigma**2), "score", x, c)
 
     def _table(self, t: float, like: Tensor) -> Tensor:
+        """The score on the square's points at time t, (1, 2, cells, cells)."""
         axis = torch.linspace(-self.half_width, self.half_width, self.cells).to(like)
         points = torch.cartesian_prod(axis, axis).flip(1)  # rows of the table are y
         with torch.no_grad():
@@ -137,7 +144,7 @@ class Gap(NamedTuple):
 
 def ode_sde_gap(
     denoiser: Denoiser, shape: tuple[int, ...], *, steps: int = 200, grid: Grid | str = "quadratic", parts: int = 2,
-    distance: Callable[[Tensor, Tensor], float] = wasserstein2, stop: float = 0.0, seed: int = 0,
+    distance: Callable[[Tensor, Tensor], float] = wasserstein2, stop: float = 0.0, seed: int = 0, halves: int = 1,
     cond: Mapping[str, Any] | None = None,
 ) -> Gap:  # fmt: skip
     """The distance between what the probability flow and the reverse equation of a denoiser make of the same noise law.
@@ -150,19 +157,23 @@ def ode_sde_gap(
     shape     (n, *): n samples of each
     steps     denoiser calls of a sample: steps of the SDE, twice those of the ODE, in times of ``grid``
     distance  (n / parts, *) twice -> float; wasserstein2 in a few dimensions, sliced Wasserstein in many
+    halves    draws that make the noise of a step: with as many times the steps and halves=1 the same seed gives the same starts
+              and (nearly, where parts of a step have other variances) the same Brownian paths, so that what differs is what
+              the steps do, and no chance
 
     Source: Deveney, Stanczuk, Kreusser, Budd, Schonlieb, 2023, "Closing the ODE-SDE gap in score-based diffusion models
     through the Fokker-Planck equation".
     """
-    if parts < 1 or shape[0] % parts:
-        raise InputError(f"{shape[0]} samples in {parts} parts: a whole number in each")
+    if parts < 1 or shape[0] % parts or halves < 1:
+        raise InputError(
+            f"{shape[0]} samples in {parts} parts, halves = {halves}: a whole number in each, and at least 1"
+        )
     times = grid_named(grid) if isinstance(grid, str) else grid
     runs = (Heun(), (steps + 1) // 2), (EulerMaruyama(), steps), (EulerMaruyama(), steps)
+    drawn = (_of_one_stream(shape, mix(seed, k), denoiser, cond, halves) for k in range(len(runs)))
     ode, one, other = (
-        sample(
-            denoiser, solver, times, n, shape=shape, stop=stop, ctx=_of_one_stream(shape, mix(seed, k), denoiser, cond)
-        )
-        for k, (solver, n) in enumerate(runs)
+        sample(denoiser, solver, times, n, shape=shape, stop=stop, ctx=ctx)
+        for (solver, n), ctx in zip(runs, drawn, strict=True)
     )
 
     def mean_square(x: Tensor, y: Tensor) -> float:

@@ -306,11 +306,13 @@ def moved_picture(
 
 
 def _neighbours(count: int, data: Tensor, least: int) -> None:
+    """InputError unless there are so many neighbours in data (N, d)."""
     if data.ndim != 2 or not least <= count < len(data):
         raise InputError(f"{count} neighbours in data {tuple(data.shape)}: (N, d), and {least} to N - 1 of them")
 
 
 def _score(denoiser: Denoiser, x: Tensor, t: float | Tensor, cond: Mapping[str, Any] | None) -> Tensor:
+    """The score at x, (B, *)."""
     ctx = Context.of(len(x), None, cond=dict(cond or {}), dtype=x.dtype, device=x.device)
     return denoiser(x, clocks(t, x) if isinstance(t, Tensor) else t, ctx).view("score")  # type: ignore[no-any-return]
 

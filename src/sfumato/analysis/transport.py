@@ -120,11 +120,14 @@ class Slab:
         self, source: Tensor | float = 1.0, scheme: str = "consistent", tolerance: float = 1e-10, most: int = 5000,
         told: Callable[[int, float], None] | None = None,
     ) -> tuple[Tensor, int]:  # fmt: skip
-        """(phi (cells,), iterations) where the change is below ``tolerance`` times phi. Raises InputError where it is not."""
+        """(phi (cells,), iterations) where the change is below ``tolerance`` times phi. Raises InputError where it is not within
+        ``most`` iterations."""
+        if most < 1:
+            raise InputError(f"most = {most}: at least one iteration")
         phi = torch.zeros(self.cells, dtype=torch.float64)
         for it in range(1, most + 1):
             after = self.step(phi, source, scheme)
-            change = float((after - phi).norm() / after.norm())
+            change = float((after - phi).norm() / after.norm().clamp(min=1e-300))  # without a source phi is 0 at once
             if told is not None:
                 told(it, change)
             phi = after

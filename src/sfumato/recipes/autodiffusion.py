@@ -31,6 +31,7 @@ CITATION = """@inproceedings{li2023autodiffusion,
 
 
 def times_of(process: Any, grid: str, count: int) -> tuple[float, ...]:
+    """The times of a named grid."""
     return tuple(grids.get(grid)(process, count, 1.0, 0.0).tolist())
 
 
@@ -42,6 +43,7 @@ def distance(target: Target, features: Any, reference: Tensor, solver: Any, time
 
 
 def searched(fitness: Callable[..., float], pool: tuple[float, ...], solver: Any, seed: int) -> Any:
+    """Times evolved for a solver."""
     space = steps.StepSpace(len(pool), COUNT)
     return steps.evolve(lambda c: fitness(solver, c.times(pool)), space, budget=BUDGET, seed=seed)
 

@@ -19,6 +19,7 @@ from sfumato.recipes import _plots as plots
 from sfumato.recipes._small import learn
 
 LAW, END, SHEARS = VP(), 1e-2, (0.0, 2.0, 4.0, 6.0, 8.0)
+TAUGHT = 2000  # steps, chosen on seeds 100 and 101
 MOVES = {"turned": 1, "shifted": 2, "turned and shifted": 3}
 CITATION = """@inproceedings{horvat2024gauge,
   title = {On gauge freedom, conservativity and intrinsic dimensionality estimation in diffusion models},
@@ -33,10 +34,12 @@ def draw(denoiser: Any, x: Tensor, steps: int, stop: float = END) -> Tensor:
 
 
 def noise(n: int, d: int, seed: int) -> Tensor:
+    """n starts of N(0, I) in d dimensions."""
     return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(core.mix(seed, n, d)))
 
 
 def mixture(d: int, seed: int) -> Any:
+    """Four modes in d dimensions, their places and widths drawn."""
     rng = torch.Generator().manual_seed(core.mix(seed, d))
     means, stds = (torch.rand(4, d, dtype=torch.float64, generator=rng) for _ in range(2))
     return oracles.GaussianMixture(4 * means - 2, 0.3 + 0.3 * stds)
@@ -136,7 +139,7 @@ def learned(name: str, seed: int) -> dict[str, Any]:
             if kind == "conservative"
             else parametrized(Rest(net), LAW)
         )
-        model = learn(Denoising(denoiser, weighting="eps", dropout=0.0), {"x": train}, seed, steps=800, size=256)
+        model = learn(Denoising(denoiser, weighting="eps", dropout=0.0), {"x": train}, seed, steps=TAUGHT, size=256)
         at = unseen[:48].double()
         read, flow = analysis.intrinsic_dimension(model.double(), at, t=0.03, steps=40)
         distance = frechet_distance(draw(model, noise(1000, 12, seed), 40), unseen.double()).value
@@ -243,8 +246,9 @@ def gauge_freedom(seed: int) -> Findings:
         nfe={"samples": 200, "dimension": 160},
         data="mixtures of 4 modes in 2-D and 6-D; a disc of thickness 0.01 in 3-D; one emoji turned, shifted or both, 16 x 16 in 12 "
         "principal components, 3,072 learned and 1,024 unseen",
-        model="exact fields; MLPs taught in this run for 800 steps: eps = x - N - N'(x - N), or eps = x - N",
+        model="exact fields; MLPs taught in this run for 2,000 steps: eps = x - N - N'(x - N), or eps = x - N",
         notes=f"With a 25th of that energy the wrong gradient's distances are {laws[2][1]['gradient, c = 0.2']:.2g} and {laws[6][1]['gradient, c = 0.2']:.2g} floors, errors of log p {laws[2][2]['gradient, c = 0.2']:.2g} and {laws[6][2]['gradient, c = 0.2']:.2g} nats a dimension. "
-        f"{per_set}. Mean errors of classical estimators: {classical}.",
+        f"{per_set}. Mean errors of classical estimators: {classical}. The length of the training was chosen on seeds 100 and 101, where the "
+        "conservative networks were 0.10 and 0.49 dimensions off and the free ones 0.13 and 0.54.",
         picture=picture(laws[2][0], shares, spectra, shown, sets),
     )

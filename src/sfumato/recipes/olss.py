@@ -23,6 +23,7 @@ CITATION = """@inproceedings{duan2023optimal,
 
 
 def median(target: Target, made: Any) -> float:
+    """The median error to the teacher's ends of a fitted solver on its times."""
     return float(target.errors(made.solver, made.times).median())
 
 
@@ -94,6 +95,7 @@ def picture(beds: dict[str, dict[str, list[float]]], counts: tuple[int, ...], sh
     citation=CITATION,
 )
 def olss(seed: int) -> Findings:
+    """The figures, without the warnings of collinear readings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of collinear readings, which the figures show
         return measured(seed)
@@ -146,7 +148,10 @@ def measured(seed: int) -> Findings:
         data="exact digits (400 of scikit-learn's, std 0.15): 48 starts fitted, 512 unseen; network: 24 fitted, 48 unseen, classes in turn",
         model="exact beliefs; the bundled digits U-Net with guidance 1.5",
         notes="Published: eps readings, fitted to the teacher's own. Closed loop (ours): each step is fitted to the student's own "
-        "readings, on times evolved from the searched path. Where the published form fails on the network: it feeds the student's "
-        "readings, which differ from the teacher's, into large opposite coefficients of nearly collinear eps readings.",
+        "readings, on times evolved from the searched path. Where the published form fails on the network, with 4 to "
+        "6 calls, the fit leaves it: with 4 it misses the teacher's own ends by 0.28 a pixel, with x0 readings by 0.06 (seed 100; the largest "
+        "term is 70 times their sum, and a ridge of 1e-6 or four times the starts give 0.37 and 0.33 for 0.38). The start and eps readings do "
+        "not span the states that the teacher went through, so what the first step cannot reach, 0.06 at t = 0.62, grows with alpha "
+        "to the end; x0 readings contain those states and mend it.",
         picture=picture(found, COUNTS, {k: model().codec.images(v) for k, v in sheets.items()}),
     )

@@ -63,6 +63,7 @@ class BoundaryCondition:
 
 
 def _events(noise: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape (B, *) as a tuple; InputError where its items are not shaped like the noise."""
     if tuple(shape[1:]) != tuple(noise.shape):
         raise InputError(
             f"this boundary condition was tuned for {tuple(noise.shape)}, not for {tuple(shape[1:])}: tune one for that "

@@ -38,16 +38,19 @@ def fingerprint(denoiser: nn.Module) -> str:
 
 
 def _scheduled(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> Solver:
+    """A Scheduled from its moves."""
     return Scheduled(tuple(numbers["moves"]), numbers["free"])
 
 
 def _subspace(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> Solver:
+    """A Subspace from its nodes, and its rows without the padding."""
     rows, free = tensors["rows"].tolist(), numbers["free"]
     cut = tuple(tuple(row[: i + 2 - free]) for i, row in enumerate(rows))
     return Subspace(tuple(numbers["nodes"]), cut, numbers["form"], free)
 
 
 def _empirical(numbers: dict[str, Any], tensors: Mapping[str, Tensor]) -> Solver:
+    """A DPM-Solver-v3 with the statistics of the card."""
     statistics = EmpiricalStatistics(*(tensors[name] for name in STATISTICS))
     return DPMSolverV3(statistics, **numbers)
 
@@ -248,10 +251,12 @@ class SamplerCard:
 
 
 def _said(guidance: float | str | None) -> str:
+    """A guidance as a message names it."""
     return guidance if isinstance(guidance, str) else f"{guidance:g}"
 
 
 def _json(path: str | Path) -> Path:
+    """The path, which ends in .json (InputError otherwise)."""
     path = Path(path)
     if path.suffix != ".json":
         raise InputError(f"{path}: a sampler card is a .json file (its tensors go beside it)")
@@ -259,6 +264,7 @@ def _json(path: str | Path) -> Path:
 
 
 def _tensors(path: Path, entry: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """The tensors of a record's entry, from the file beside the card, where its digest is right (InputError otherwise)."""
     if entry is None:
         return {}
     from safetensors import SafetensorError

@@ -104,6 +104,7 @@ class Evolution(Generic[C]):
         return Found(tuple(tried.items()))
 
     def _children(self, tried: dict[C, float], draw: random.Random, times: int) -> list[C]:
+        """New candidates by mutation, crossing and chance, ``times`` as many as a generation takes."""
         best = sorted(tried, key=lambda c: tried[c])[: self.parents]
         rest = self.population - self.mutants - self.crossed
         makers: list[tuple[int, Callable[[], C | None]]] = [
@@ -157,6 +158,7 @@ class Ranking(Generic[C]):
         return torch.where(ranks.isfinite(), ranks, math.inf).tolist()
 
     def _features(self, candidates: Sequence[C]) -> Tensor:
+        """The encodings of candidates, (n, features); each candidate is encoded once."""
         for c in candidates:
             if c not in self._known:
                 self._known[c] = self.encode(c)

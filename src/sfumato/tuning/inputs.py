@@ -58,6 +58,7 @@ class Generator:
         return y if self.decode is None else self.decode(y)
 
     def _sampled(self, x: Tensor, cond: Mapping[str, Any], method: str, stop: float, steps: int) -> Tensor:
+        """The state at ``stop``, with gradients by ``method``."""
         solver: Any = solvers.registry.make(self.solver) if isinstance(self.solver, str) else self.solver
         grid: Any = solver.grid or self.grid
         grid = grids.registry.make(grid) if isinstance(grid, str) else grid
@@ -106,6 +107,7 @@ class _Best:
         return bool(better.any())
 
     def found(self) -> Found:
+        """What was seen, as a result."""
         return Found(self.values, self.loss, torch.stack(self.history))
 
 
@@ -190,6 +192,7 @@ def random_search(propose: Callable[[int], Values], loss: Callable[[Values], Ten
 
 
 def _check(value: Tensor, variables: Values, last: bool) -> None:
+    """InputError for a loss that is neither one number nor one an item, or that no gradient goes through."""
     if value.ndim > 1 or (value.ndim == 1 and any(len(v) != len(value) for v in variables.values())):
         rows = {k: tuple(v.shape) for k, v in variables.items()}
         raise InputError(

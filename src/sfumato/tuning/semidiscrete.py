@@ -138,6 +138,7 @@ def _centred(targets: Tensor) -> Tensor:
 
 
 def _best(x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(cells, margins) of points x (B, d) for centred targets y (n, d) and heights h (n,), in blocks."""
     cells, margins = [], []
     for part in x.split(max(1, BLOCK // len(y))):
         top = torch.addmm(h, part, y.T).topk(min(2, len(y)), dim=1)
@@ -226,6 +227,7 @@ def _error(done: SemiDiscrete, draw: Any, points: int, generator: torch.Generato
 
 
 def _checked(targets: Tensor, masses: Tensor | None, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Targets as rows (n, d) of at least float32, and their masses scaled to the sum 1; InputError for impossible ones."""
     if not targets.is_floating_point() or targets.ndim < 2 or not len(targets) or not bool(targets.isfinite().all()):
         raise InputError(f"targets: finite floating-point (n, *) is wanted, not {targets.dtype} {tuple(targets.shape)}")
     if not tolerance > 0:

@@ -32,9 +32,10 @@ def estimate(
     differences in lambda): s = Cov(f, f') / Var(f) and b = E[f'] - s E[f], coordinate by coordinate. Where alpha is small, f
     is mostly the network's own error, sigma / alpha times that of eps, and s about -1. Where f does not vary (a constant
     border, Gaussian data) s falls to 0: l, a straight line between levels, is off by up to (step of lambda)^2 / 20, and that
-    share of the state's variance is taken off f's. The guidance of the run belongs into ``denoiser``. ``cond`` has one entry a data point.
-    Raises InputError where the process does not reach these levels. Source: Zheng, Lu, Chen, Zhu, 2023 (the optimum);
-    the estimators are ours.
+    share of the state's variance is taken off f's. The guidance of the run belongs into ``denoiser``. ``cond`` has one entry
+    a data point. Raises InputError where the process does not reach these levels.
+    Source: Zheng, Lu, Chen, Zhu, 2023, "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics" (the
+    optimum; the estimators are ours).
     """
     process = denoiser.process
     low, high = process.coef(1.0).lam, process.coef(0.0).lam

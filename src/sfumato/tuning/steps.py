@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,11 +116,13 @@ class StepSpace:
         return tuple(tuple(sorted(name for j, name in places if j == i)) for i in range(self.count))
 
     def _none(self) -> tuple[tuple[str, ...], ...]:
+        """Skip lists that leave nothing out, where blocks may be left out at all."""
         return ((),) * self.count if self.most else ()
 
     def _drawn(
         self, draw: random.Random, rate: float, skips: tuple[tuple[str, ...], ...]
     ) -> tuple[tuple[str, ...], ...]:
+        """Skip lists, each redrawn with probability ``rate``."""
         return tuple(
             tuple(sorted(draw.sample(self.blocks, draw.randint(0, self.most)))) if draw.random() < rate else kept
             for kept in skips
@@ -142,8 +144,8 @@ def evolve(
     then each generation is half mutants of the ten best, a fifth crosses of them, and the rest random.
 
     ``start`` adds known candidates, ``nudges`` lets half of the mutants move to nearby times instead (ours).
-    Source: Li, Li, Zheng, Wang, Wang, Zhang, Jia, Jin, Liu, 2023, "AutoDiffusion: Training-Free Optimization of Time Steps and
-    Architectures for Automated Diffusion Model Acceleration".
+    Source: Li, Li, Zheng, Wu, Xiao, Wang, Zheng, Pan, Chao, Ji, 2023, "AutoDiffusion: Training-Free Optimization of Time Steps
+    and Architectures for Automated Diffusion Model Acceleration".
     """
     draw = random.Random(seed)
     even = space.even()
@@ -214,8 +216,8 @@ def joint(
     Times are evolved with whole networks on an eighth of the budget; then each block is left out at each step alone, which
     says what it costs there; the rest of the budget improves the times with as many of the cheapest omissions as it takes:
     a child of the best so far moves times, trades one omission for another that costs little alone, or both (the publication
-    redraws whole skip lists at random). Raises InputError where leaving one block out at every step is not enough, and for a budget
-    that ends before the last stage.
+    redraws whole skip lists at random). Raises InputError where leaving one block out at every step is not enough, and for a
+    budget that ends before the last stage.
     """
     out, stage = count * len(blocks) - allowed, max(budget // 8, 1)
     if not 0 < out <= count * (len(blocks) - 1):
@@ -264,6 +266,7 @@ class Skipping(Wrapper):
 
 
 def _skip(ctx: Context, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A tap that gives a block's input in the place of its output."""
     return x
 
 
@@ -298,8 +301,3 @@ def skippable(
 def planned(denoiser: Denoiser, plan: Sequence[Sequence[str]]) -> Denoiser:
     """The denoiser with a skip plan, or itself where nothing is left out."""
     return Skipping(denoiser, plan) if any(plan) else denoiser
-
-
-def plan_of(choice: Choice) -> Mapping[int, tuple[str, ...]]:
-    """The steps at which blocks are left out, and which."""
-    return {i: names for i, names in enumerate(choice.skips) if names}

@@ -18,7 +18,8 @@ from sfumato.tuning.steps import Choice, StepSpace, evolve
 from sfumato.tuning.target import Replay, Target
 
 RIDGE = 1e-4  # of evolved fits: with less, opposite coefficients of collinear readings throw rare unseen items far away
-ROWS = {"noise": "eps", "data": "x0", "v": "v", "flow": "flow"}
+ROWS: dict[str, Any] = {"noise": "eps", "data": "x0", "v": "v", "line": (-1.0, 1.0), "flow": "flow"}
+"""The readings that can be fitted, as rows of the belief."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,19 @@ def fit(
     """For each of K steps: (w_i, a_i) = argmin || x(p_{i+1}) - w x_start - sum_{j <= i} a_j e(p_j) ||^2.
 
     path    'search' (:func:`shortest_path`), 'uniform', or the indices of the fine times to visit, 0 first
-    form    'noise' | 'data' | 'v' | 'flow': the reading e
+    form    'noise' | 'data' | 'v' | 'line' | 'flow': the reading e
     closed  fit each step to the student's own readings at its own states (ours: errors are then mended, not fed back);
             the publication fits to the teacher's
     free    the first step scales the start and calls nothing (ours), so K steps are K - 1 calls
     ridge   times the mean square of the columns, added to the diagonal (ours)
 
     The target's fine solution is the teacher. A searched path may have fewer steps than asked for. Warns where a term
-    exceeds 1000 times the sum. Raises InputError for a path that is not increasing from 0 within the teacher's steps.
+    exceeds 1000 times the sum. Raises InputError for a path that is not increasing from 0 within the teacher's steps, and for
+    an unknown form.
     Source: Duan et al. 2023, "Optimal Linear Subspace Search".
     """
+    if form not in ROWS:
+        raise InputError(f"form = {form!r}: one of {', '.join(ROWS)}")
     n = len(target.times) - 1
     chosen = _path(target, steps, path, form, n)
     visited = [*chosen, n]
@@ -94,6 +98,7 @@ def shortest_path(target: Target, steps: int, form: str = "noise", bound: float 
 
 
 def _greedy(target: Target, steps: int, form: str, bound: float, n: int, known: dict[Any, float]) -> list[int] | None:
+    """The path of the longest steps within the bound, or None where it takes more than ``steps``."""
     path = [0]
     while True:
         here, low, high = path[-1], path[-1] + 1, n
@@ -133,6 +138,7 @@ Rows: TypeAlias = "tuple[list[tuple[float, ...]], tuple[float, float], list[floa
 
 
 def _open(target: Target, visited: Sequence[int], form: str, ridge: float, free: bool) -> Rows:
+    """Each step fitted to the teacher's own readings."""
     columns, rows, worst, residual = [_state(target, 0)], [], (1.0, 0.0), []
     for here, there in zip(visited, visited[1:], strict=False):
         if here or not free:
@@ -170,6 +176,7 @@ def _closed(
 
 @torch.no_grad()
 def _read(target: Target, x: Tensor, t: float, form: str, replay: Replay | None = None) -> Tensor:
+    """The reading at a student's states, from the network or from a replay."""
     if replay is not None:
         return reading(replay(x, t, Context()), form)  # type: ignore[no-any-return]
     out = []
@@ -183,8 +190,8 @@ def _read(target: Target, x: Tensor, t: float, form: str, replay: Replay | None 
 
 
 def _least_squares(columns: Tensor, wanted: Tensor, ridge: float = 0.0) -> tuple[Tensor, tuple[float, float], float]:
-    """(coefficients, (condition number, largest term over the sum), norm of what is left). Columns are scaled first; singular values below rounding are
-    dropped."""
+    """(coefficients, (condition number, largest term over the sum), norm of what is left). Columns are scaled first; singular
+    values below rounding are dropped."""
     scale = columns.norm(dim=0).clamp(min=1e-300)
     u, s, vt = torch.linalg.svd(columns / scale, full_matrices=False)
     kept = s > s[0] * 1e-10
@@ -195,6 +202,7 @@ def _least_squares(columns: Tensor, wanted: Tensor, ridge: float = 0.0) -> tuple
 
 
 def _path(target: Target, steps: int, path: str | Sequence[int], form: str, n: int) -> list[int]:
+    """The path that was asked for, as indices of fine times; InputError for an impossible one."""
     _valid(steps, n)
     if path == "search":
         return shortest_path(target, steps, form)
@@ -209,6 +217,7 @@ def _path(target: Target, steps: int, path: str | Sequence[int], form: str, n: i
 
 
 def _valid(steps: int, n: int) -> None:
+    """InputError unless there are as many fine steps as steps."""
     if not 1 <= steps <= n:
         raise InputError(f"{steps} steps of a teacher that has {n}: between 1 and {n}")
 

@@ -225,9 +225,11 @@ def _cubic(places: Sequence[float], at: float) -> list[tuple[int, float]]:
 
 
 def _parts(n: int, batch: int) -> list[slice]:
+    """Slices of at most ``batch`` of n rows."""
     return [slice(low, min(low + batch, n)) for low in range(0, n, batch)]
 
 
 def _context(x: Tensor, cond: Mapping[str, Any], rows: slice) -> Context:
+    """The context of some of the rows."""
     part = {k: v[rows] if isinstance(v, Tensor) else v for k, v in cond.items()}
     return Context(cond=part, batch=len(x), dtype=x.dtype, device=x.device)

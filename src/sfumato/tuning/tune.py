@@ -25,9 +25,8 @@ EXTRA = (
     "dpm-solver++(order=3, variable='angle', corrector=True)", "dpm-solver++(order=3, form='v', variable='angle')",
     "dpm-solver++(order=2, form='noise')", "dpm-solver++(order=3, form='noise')",
 )  # fmt: skip
-TRUSTED = (
-    5.0  # fitted terms larger than this times their sum cancel on what was seen only, and such a fit is not offered
-)
+# fitted terms larger than this times their sum cancel on what was seen only, and such a fit is not offered
+TRUSTED = 5.0
 Told = Callable[[Mapping[str, Any]], None]
 
 
@@ -50,30 +49,18 @@ class Entry:
 
 
 def tune(
-    pipeline: Any,
-    nfe: int = 10,
-    method: str = "auto",
-    *,
-    shape: Sequence[int] | None = None,
-    prompts: Sequence[str] | None = None,
-    cond: Mapping[str, Any] | None = None,
-    guidance: float | str | None = None,
-    items: int = 24,
-    unseen: int = 64,
-    fine: int = 64,
-    budget: int = 60,
-    rehearsals: int = 1500,
-    by: Callable[[Tensor, Tensor], float] | None = None,
-    seed: int = 0,
-    model: str = "",
-    told: Told | None = None,
-) -> SamplerCard:
+    pipeline: Any, nfe: int = 10, method: str = "auto", *, shape: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None, cond: Mapping[str, Any] | None = None, guidance: float | str | None = None,
+    items: int = 24, unseen: int = 64, fine: int = 64, budget: int = 60, rehearsals: int = 1500,
+    by: Callable[[Tensor, Tensor], float] | None = None, seed: int = 0, model: str = "", told: Told | None = None,
+) -> SamplerCard:  # fmt: skip
     """The sampler of ``nfe`` calls whose ends are nearest to those of the same model's fine solution.
 
     pipeline   a Pipeline, or a Denoiser with ``shape`` = (*), the event's shape
-    method     'untuned' (registered solvers on grids), 'dpm-solver-v3' (with measured statistics), 'usf' (a schedule of strategies, for a UNet with skip coefficients), 'olss' (optimal linear subspace, as
-               published), 'subspace' (the same fitted to its own states, on evolved times), 'autodiffusion' (evolved times for
-               the pipeline's solver), or 'auto': all of them
+    method     'untuned' (registered solvers on grids), 'dpm-solver-v3' (with measured statistics), 'usf' (a schedule of
+               strategies, for a UNet with skip coefficients), 'olss' (optimal linear subspace, as published), 'subspace' (the
+               same fitted to its own states, on evolved times), 'autodiffusion' (evolved times for the pipeline's solver), or
+               'auto': all of them
     prompts    what the model is told meanwhile (default: its classes or its table of captions, in turn)
     cond       raw conditions of a pipeline, or the tensors (n, *) of a Denoiser, whose rows are repeated
     guidance   the scale, or a spec such as "apg(scale=4)" (default: the pipeline's); another one wants another card
@@ -87,14 +74,9 @@ def tune(
 
     The score is the mean over items of the root mean square error, an item counting no more than the data's own scale. A
     sampler of stochastic steps has no trajectory to compare, so none is considered. Deterministic by seed. Raises InputError
-    for an unknown method, or too few calls.
+    for an unknown method, and for too few calls, items or evaluations.
     """
-    if method not in METHODS:
-        raise InputError(f"method = {method!r}: one of {', '.join(METHODS)}")
-    if not (isinstance(nfe, int) and 1 <= nfe < fine):
-        raise InputError(f"nfe = {nfe}: a whole number of calls, at least 1 and fewer than the fine solution's {fine}")
-    if items < 2 or unseen < 2:
-        raise InputError(f"items = {items} and unseen = {unseen}: at least two each")
+    _checked(method, nfe, fine, items, unseen, budget, rehearsals)
     began, denoiser, event = time.perf_counter(), _guided(pipeline, guidance), _event(pipeline, shape)
     seeds = {role: mix(seed, part) for part, role in enumerate(("fitting", "choosing", "reporting"), 1)}
 
@@ -108,14 +90,27 @@ def tune(
     found = _candidates(
         method, fitting, choosing, _own(pipeline, fitting, nfe), nfe, budget, rehearsals, seed, by, watch
     )
-    best = min(
-        (e for key, e in found.items() if method in ("auto", key) or key == "default"), key=watch.scores.__getitem__
-    )
+    allowed = (e for key, e in found.items() if method in ("auto", key) or key == "default")
+    best = min(allowed, key=watch.scores.__getitem__)
     watch("figures on unseen noise", 0, 1)
     reporting = target("reporting", unseen)
     rows = [_row(key, e, e is best, reporting, by) for key, e in found.items()]
     watch.final(rows)
     return _card(pipeline, best, rows, guidance, seeds, model=model, seconds=round(time.perf_counter() - began, 2))
+
+
+def _checked(method: str, nfe: Any, fine: int, items: int, unseen: int, budget: int, rehearsals: int) -> None:
+    """InputError for what :func:`tune` cannot do."""
+    if method not in METHODS:
+        raise InputError(f"method = {method!r}: one of {', '.join(METHODS)}")
+    if not (isinstance(nfe, int) and 1 <= nfe < fine):
+        raise InputError(f"nfe = {nfe}: a whole number of calls, at least 1 and fewer than the fine solution's {fine}")
+    if items < 2 or unseen < 2:
+        raise InputError(f"items = {items} and unseen = {unseen}: at least two each")
+    if budget < 1 or rehearsals < 0:
+        raise InputError(
+            f"budget = {budget} and rehearsals = {rehearsals}: at least one evaluation, and no fewer than 0"
+        )
 
 
 def _event(pipeline: Any, shape: Sequence[int] | None) -> tuple[int, ...]:
@@ -154,14 +149,8 @@ def _row(key: str, entry: Entry, chosen: bool, reporting: Target, by: Any) -> di
 
 
 def _card(
-    pipeline: Any,
-    best: Entry,
-    rows: list[dict[str, Any]],
-    guidance: Any,
-    seeds: dict[str, int],
-    model: str,
-    seconds: float,
-) -> SamplerCard:
+    pipeline: Any, best: Entry, rows: list[dict[str, Any]], guidance: Any, seeds: dict[str, int], model: str, seconds: float
+) -> SamplerCard:  # fmt: skip
     """The chosen entry as a card."""
     after = next(r for r in rows if r["chosen"])
     before = next((r for r in rows if r["method"] == "default"), next(r for r in rows if r["method"] == "untuned"))
@@ -188,11 +177,13 @@ class _Watch:
             self.told({"stage": stage, "done": done, "total": total, "best": best, "rows": list(self.rows)})
 
     def row(self, entry: Entry, figures: Mapping[str, Any]) -> None:
+        """Note an entry's figures on the choosing noise."""
         self.scores[entry] = figures["score"]
         self.rows.append({"method": entry.method, "sampler": entry.name, "choosing": figures["score"]})
         self(entry.method, 1, 1, figures["score"])
 
     def final(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the rows of the card."""
         self.rows = [dict(r) for r in rows]
         self("done", 1, 1)
 
@@ -262,6 +253,7 @@ def _empirical(
 def _usf(
     target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
 ) -> Iterator[Entry]:
+    """The best three schedules that the search for strategies found, and with skip coefficients for a UNet."""
     found = search.strategies(target, nfe, budget=budget, rehearsals=rehearsals, seed=seed, told=watch.stage("usf"))
     for one, value in found.ranked[:3]:
         if math.isfinite(value):
@@ -277,39 +269,32 @@ def _usf(
 def _olss(
     target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
 ) -> Iterator[Entry]:
+    """Linear subspaces as published, for each kind of reading that the model can say."""
     for form in ("noise", "data", "v"):
         try:
             made = subspace.fit(target, nfe, form=form)
         except InputError:
             continue  # this model does not say this reading at the first time
-        if made.largest > TRUSTED:
-            continue
-        yield Entry("olss", f"linear subspace, {form!r} readings", made.solver, made.times)
+        if made.largest <= TRUSTED:
+            yield Entry("olss", f"linear subspace, {form!r} readings", made.solver, made.times)
 
 
 def _subspace(
     target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
 ) -> Iterator[Entry]:
+    """Linear subspaces fitted to their own states on evolved times, with and without a free first step."""
     for free in (False, True):
-        found = subspace.evolved(
-            target,
-            nfe,
-            free=free,
-            budget=max(budget // 4, 1),
-            rehearsals=rehearsals // 3,
-            seed=seed,
-            told=watch.stage("subspace"),
-        )
-        if found.largest > TRUSTED:
-            continue
-        yield Entry(
-            "subspace", "linear subspace on evolved times" + ", first step free" * free, found.solver, found.times
-        )
+        found = subspace.evolved(target, nfe, free=free, budget=max(budget // 4, 1), rehearsals=rehearsals // 3, seed=seed,
+                                 told=watch.stage("subspace"))  # fmt: skip
+        if found.largest <= TRUSTED:
+            name = "linear subspace on evolved times" + ", first step free" * free
+            yield Entry("subspace", name, found.solver, found.times)
 
 
 def _autodiffusion(
     target: Target, nfe: int, own: Entry | None, budget: int, rehearsals: int, seed: int, watch: _Watch
 ) -> Iterator[Entry]:
+    """Evolved times for the pipeline's own solver where it makes one call a step, else for DPM-Solver++ 2M."""
     spec = own.solver_spec if own is not None and own.solver_spec else "ddim"
     solver = solvers.registry.make(spec)
     if solver.stochastic or solver.nfe != 1:
@@ -375,6 +360,7 @@ def _calls(target: Target, entry: Entry) -> int:
 
 
 def _guided(pipeline: Any, guidance: float | str | None) -> Denoiser:
+    """The denoiser under its guidance, ready to be called."""
     if isinstance(pipeline, Denoiser):
         if guidance is not None:
             raise InputError("wrap a Denoiser in its guidance before tuning it: sf.guidance.cfg(scale)(denoiser)")
