@@ -84,6 +84,12 @@ def test_the_second_reading_follows_from_the_rows(samplers):
         assert data["best summary"]["above 1"] == sum(r > 1 for r in ratios)
 
 
+def test_the_tuned_are_compared_with_the_best_of_all(samplers):
+    d = {"tuned": [{"case": "a", "budget": 5, "median": 1.0}, {"case": "a", "budget": 8, "median": 2.0}]}
+    peers = {"ratios": [{"case": "a", "calls": 5, "peer": 2.0}, {"case": "a", "calls": 8, "peer": 16.0}]}
+    assert samplers.tuned_over_all(d, peers) == "0.250 in the geometric mean over 2 places, worst 0.50 (a, 5 calls)"
+
+
 @pytest.mark.parametrize(
     ("mean", "worst", "said"),
     [
