@@ -17,7 +17,6 @@ import argparse
 import importlib
 import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 import sfumato as sf
 from benchmarks import solvers, step_cost
 from benchmarks.solvers_cases import TABLE, Case
+from sfumato.core import Coef
 from sfumato.denoisers.oracles import Gaussian
 
 CLEANEST = math.log(0.01)  # of log(sigma / alpha), as in diffusers' linear schedule
@@ -78,6 +78,16 @@ class Spacing:
         return torch.tensor([*map(math.exp, levels), 0.0])
 
 
+def time_at(case: Case, level: float) -> float:
+    """The time of a level, which rounding may have taken beyond 1."""
+    return min(float(case.denoiser.process.time(-level)), 1.0)
+
+
+def coef_at(case: Case, level: float) -> Coef:
+    """alpha and sigma of the case's process at a level."""
+    return case.denoiser.process.coef(time_at(case, level))  # type: ignore[no-any-return]
+
+
 class Model:
     """A case's denoiser as both libraries ask it, at a host float; counts its calls."""
 
@@ -94,8 +104,7 @@ class Model:
     def x0(self, x: Tensor, level: float) -> Tensor:
         """E[x0 | x] of the process's own state."""
         self.calls += 1
-        time = min(self.case.denoiser.process.time(-level), 1.0)
-        return self.case.denoiser(x.float(), time, self.ctx).view("x0")
+        return self.case.denoiser(x.float(), time_at(self.case, level), self.ctx).view("x0")
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """k-diffusion's: the state is x / alpha."""
@@ -104,7 +113,7 @@ class Model:
 
     def scale(self, level: float) -> float:
         """alpha of the process at a level."""
-        return float(self.case.denoiser.process.coef(min(self.case.denoiser.process.time(-level), 1.0)).alpha)
+        return float(coef_at(self.case, level).alpha)
 
 
 def k_diffusion(case: Case, name: str, spacing: str, calls: int) -> tuple[Tensor, int]:
@@ -125,11 +134,10 @@ def k_diffusion(case: Case, name: str, spacing: str, calls: int) -> tuple[Tensor
 def azula(case: Case, name: str, order: int, spacing: str, calls: int) -> tuple[Tensor, int]:
     """(ends, calls) of one of azula's multistep samplers."""
     sample, model, place = importlib.import_module("azula.sample"), Model(case), Spacing(spacing, case)
-    process = case.denoiser.process
 
     class Denoiser(nn.Module):
         def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
-            found = [process.coef(min(process.time(-place(float(v))), 1.0)) for v in t.flatten()]
+            found = [coef_at(case, place(float(v))) for v in t.flatten()]
             alphas, sigmas = ([getattr(c, kind) for c in found] for kind in ("alpha", "sigma"))
             return tuple(torch.tensor(v, dtype=torch.float64).reshape(t.shape) for v in (alphas, sigmas))  # type: ignore[return-value]
 
@@ -165,22 +173,16 @@ def stepping() -> dict[solvers.Sampler, Callable[[], float]]:
         def forward(self, x: Tensor, t: Tensor) -> Any:
             return posterior(x)
 
-    def timed(run: Callable[[], Any]) -> Callable[[], float]:
-        def once() -> float:
-            start = time.process_time()
-            run()
-            return (time.process_time() - start) / step_cost.STEPS * 1e6
-
-        return once
-
     runs: dict[solvers.Sampler, Callable[[], float]] = {}
     for name in ("euler", "heun", "dpmpp_2m"):
         one = torch.no_grad()(getattr(sampling, f"sample_{name}"))
-        runs["k-diffusion", name] = timed(lambda one=one: one(lambda x, sigma: x, x, sigmas, disable=True))  # type: ignore[misc]
+        runs["k-diffusion", name] = step_cost.timed(
+            lambda one=one: one(lambda x, sigma: x, x, sigmas, disable=True), step_cost.STEPS
+        )  # type: ignore[misc]
     for name, options in (("DDIM", {}), ("Heun", {}), ("xEAB", {"order": 2}), ("zEAB", {"order": 3})):
         kind = getattr(sample, f"{name}Sampler")
         made = kind(Denoiser(), steps=step_cost.STEPS, silent=True, **options)
-        runs["azula", f"{name}{options.get('order', '')}"] = timed(lambda made=made: made(x))  # type: ignore[misc]
+        runs["azula", f"{name}{options.get('order', '')}"] = step_cost.timed(lambda made=made: made(x), step_cost.STEPS)  # type: ignore[misc]
     return runs
 
 

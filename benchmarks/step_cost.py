@@ -38,13 +38,22 @@ def ours(name: str) -> Callable[[], float]:
     """Microseconds a step of one of our solvers."""
     denoiser = sf.parametrized(Echo(), sf.processes.DDPM("linear"), "eps")
     x = torch.randn(SHAPE)
+    return timed(lambda: sf.sample(denoiser, solver=name, grid="uniform", steps=STEPS, x=x), STEPS)
 
-    def run() -> float:
+
+def timed(
+    run: Callable[[], Any], units: int, repeats: int = 1, before: Callable[[], Any] = lambda: None
+) -> Callable[[], float]:
+    """Microseconds of CPU time a unit, of which a run has so many; ``before`` is called off the clock."""
+
+    def measured() -> float:
+        before()
         start = time.process_time()
-        sf.sample(denoiser, solver=name, grid="uniform", steps=STEPS, x=x)
-        return (time.process_time() - start) / STEPS * 1e6
+        for _ in range(repeats):
+            run()
+        return (time.process_time() - start) / (units * repeats) * 1e6
 
-    return run
+    return measured
 
 
 def peers() -> dict[str, Callable[[], float]]:
@@ -66,33 +75,24 @@ def _peer(scheduler: Any) -> Callable[[], float]:
     net, x0 = Echo(), torch.randn(SHAPE)
 
     @torch.no_grad()
-    def run() -> float:
-        scheduler.set_timesteps(STEPS)
-        start, x = time.process_time(), x0
+    def run() -> None:
+        x = x0
         for t in scheduler.timesteps:
             x = scheduler.step(net(scheduler.scale_model_input(x, t), t), t, x).prev_sample
-        return (time.process_time() - start) / STEPS * 1e6
 
-    return run
+    return timed(run, STEPS, before=lambda: scheduler.set_timesteps(STEPS))
 
 
 def drawing(n: int = 64) -> dict[str, Callable[[], float]]:
     """Microseconds an item of drawing (n, 3, 32, 32): our per-item streams and torch.randn."""
     like, streams = torch.empty(n, 3, 32, 32), Streams.of(0, n)
 
-    def timed(draw: Callable[[], Any]) -> Callable[[], float]:
-        def run() -> float:
-            draw()  # what ran before has left other things in the caches
-            start = time.process_time()
-            for _ in range(10):
-                draw()
-            return (time.process_time() - start) / (10 * n) * 1e6
-
-        return run
+    def drawn(draw: Callable[[], Any]) -> Callable[[], float]:
+        return timed(draw, n, repeats=10, before=draw)  # what ran before has left other things in the caches
 
     return {
-        "drawing, ours": timed(lambda: streams.normal(like)),
-        "drawing, torch.randn": timed(lambda: torch.randn(like.shape)),
+        "drawing, ours": drawn(lambda: streams.normal(like)),
+        "drawing, torch.randn": drawn(lambda: torch.randn(like.shape)),
     }
 
 

@@ -209,14 +209,10 @@ def _settings(given: list[str], base: dict[str, Any]) -> Any:
     from sfumato.distillation import Settings
 
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
-    values = dict(base)
+    values = {key: value for key, value in base.items() if key not in ("method", "steps")}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--set {text}: write key=value")
-        if key not in kinds or key in ("method", "steps"):
-            raise InputError(
-                f"no setting {key!r}; there are: {', '.join(k for k in kinds if k not in ('method', 'steps'))}"
-            )
-        values[key] = _as(kinds[key], key, value)
-    return Settings(**values)
+        values[key] = _as(kinds[key], key, value) if key in kinds else value
+    return Settings.of(base["method"], base["steps"], values)

@@ -193,10 +193,15 @@ def sample(denoiser: Denoiser, solver: Solver, grid: Grid, steps: int, **options
     return linear(1.0, solver.read(last), 1.0, denoiser.process.anchor(last.t, cond))
 
 
-def _times(process: Any, grid: Grid, steps: int, start: float, stop: float) -> list[float]:
-    """Host floats: the only form in which samplers know time."""
+def check_steps(steps: Any) -> None:
+    """InputError unless it is a whole number from 1."""
     if not (isinstance(steps, int) and steps >= 1):
         raise InputError(f"steps = {steps!r}: give a whole number, at least 1")
+
+
+def _times(process: Any, grid: Grid, steps: int, start: float, stop: float) -> list[float]:
+    """Host floats: the only form in which samplers know time."""
+    check_steps(steps)
     if not (0 <= start <= 1 and 0 <= stop <= 1 and start != stop):
         raise InputError(f"start = {start}, stop = {stop}: two different times in [0, 1] (0 is data, 1 is noise)")
     times = grid(process, steps, max(start, stop), min(start, stop))

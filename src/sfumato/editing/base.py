@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato import codecs, core
-from sfumato.core import Context, Denoiser, Grid, Guidance, InputError, Registry, Solver, State, Step
+from sfumato.core import Context, Denoiser, Grid, Guidance, InputError, Registry, Solver, State, Step, check_steps
 from sfumato.guidance import cfg
 
 registry = Registry("edit method", "sfumato.editing.methods")
@@ -157,12 +157,6 @@ class Method:
             raise InputError(f"{name} does not use {key}=: it takes {', '.join(sorted(self.needs | self.accepts))}")
 
 
-def check_steps(steps: Any) -> None:
-    """InputError unless it is a whole number from 1: parts of a run are rounded to whole steps, the run itself is not."""
-    if not (isinstance(steps, int) and steps >= 1):
-        raise InputError(f"steps = {steps!r}: give a whole number, at least 1")
-
-
 def get(name: str, /, **numbers: Any) -> Method:
     """The named method with these numbers."""
     return registry.get(name, **numbers)  # type: ignore[no-any-return]
@@ -173,4 +167,4 @@ def names() -> list[str]:
     return registry.names()
 
 
-__all__ = ["INPUTS", "Method", "Task", "check_steps", "get", "names", "register", "registry"]
+__all__ = ["INPUTS", "Method", "Task", "get", "names", "register", "registry"]

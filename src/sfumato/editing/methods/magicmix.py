@@ -22,9 +22,10 @@ from sfumato.core import (
     Times,
     Wrap,
     Wrapper,
+    check_steps,
     linear,
 )
-from sfumato.editing.base import Method, Task, check_steps, register
+from sfumato.editing.base import Method, Task, register
 from sfumato.pipeline import Pipeline
 
 UPDATES = ("mixed", "state")
