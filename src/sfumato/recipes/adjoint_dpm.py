@@ -33,6 +33,7 @@ CITATION = """@inproceedings{pan2024adjointdpm,
 
 
 def normal(n: int, seed: int, draw: int) -> Tensor:
+    """Noise (n, 1, 8, 8) of one draw."""
     streams = core.Streams.of(seed, n)
     streams.at(draw)
     return streams.normal(torch.empty(n, 1, 8, 8))
@@ -56,6 +57,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[tuple[float, float]
 
 
 def peak(denoiser: Any, method: Any, steps: int) -> int:
+    """The most bytes that a derivative through so many steps holds."""
     with Memory() as used:
         derivatives(denoiser, 0, method=method, steps=steps)
     return used.peak

@@ -30,6 +30,7 @@ CITATION = """@inproceedings{zhang2024exact,
 
 
 def normal(*shape: int, seed: int) -> Tensor:
+    """Noise in float64."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 

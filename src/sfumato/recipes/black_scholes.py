@@ -44,6 +44,7 @@ def lower(judge: Judge, images: Tensor, texts: Tensor) -> Tensor:
 
 
 def said(span: tuple[float, float]) -> str:
+    """An interval as text."""
     return f"{span[0]:.2f} to {span[1]:.2f}"
 
 

@@ -58,6 +58,7 @@ def drift(pipeline: Any, mixing: float, words: list[str], seed: int) -> float:
 
 
 def normal(*shape: int, seed: int) -> Tensor:
+    """Noise of this shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(core.mix(seed, 1)))
 
 

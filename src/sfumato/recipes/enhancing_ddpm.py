@@ -109,6 +109,7 @@ def cell(
 
 
 def written(row: Any) -> str:
+    """A distance with its spread as text."""
     return f"{row['frechet']:.2f} ± {row['spread']:.2f}"
 
 

@@ -44,6 +44,7 @@ CITATION = """@article{kazerouni2023diffusion,
 
 
 def run(denoiser: Any, solver: str, steps: int, seed: int, **options: Any) -> Tensor:
+    """Samples of a named solver on the uniform grid."""
     return core.sample(denoiser, solvers.registry.make(solver), grids.get("uniform"), steps, seed=seed, **options)
 
 
@@ -72,6 +73,7 @@ def conversions(network: Any, seed: int) -> dict[str, float]:
 
 
 def gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference over the largest value."""
     return float((a - b).abs().max() / b.abs().max())
 
 

@@ -69,6 +69,7 @@ def made(seed: int) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def normal(n: int, seed: int, part: int) -> Tensor:
+    """Noise (n, 1, 8, 8) of one part of the recipe."""
     return Streams.of(mix(seed, part), n).normal(torch.empty(n, 1, 8, 8))
 
 

@@ -30,10 +30,12 @@ CITATION = """@article{albergo2023stochastic,
 
 
 def run(denoiser: Any, solver: Any, x: Tensor, seed: int = 0, steps: int = 50, **options: Any) -> Tensor:
+    """A run of an interpolant from x."""
     return core.sample(denoiser, solver, ends(), steps, x=x, seed=seed, **options)
 
 
 def two_mixtures(d: int, seed: int, modes: int = 5) -> GaussianMixtureInterpolant:
+    """The exact interpolant between two Gaussian mixtures in d dimensions, drawn by the seed."""
     draw = torch.Generator().manual_seed(seed)
     means, stds = (torch.rand(2, modes, d, dtype=torch.float64, generator=draw) for _ in range(2))
     return GaussianMixtureInterpolant(
@@ -56,6 +58,7 @@ def exact(d: int, seed: int, n: int = 250, groups: int = 40) -> tuple[list[float
 
 
 def learned(kinds: str, law: Interpolant, pairs: dict[str, Tensor], seed: int) -> Interpolated:
+    """An interpolant of these kinds of heads, taught in this run."""
     torch.manual_seed(seed)
     net = MLP(64, 64 * len(kinds.split("+")), width=192)
     return learn(InterpolantMatching(Interpolated({kinds: net}, law), antithetic=False), pairs, seed, steps=800)
